@@ -1,0 +1,162 @@
+"""The three shapes that data takes on its way to the model: a pair of texts, of token ids, a micro-batch of tensors.
+
+Shape suffixes (one legend for the repository): B pairs, S = 2B sequences (chosen first, then rejected), R rows,
+T tokens of a row, N scored (response) tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, str]
+Text = str | list[Message]
+Layout = Literal["padded", "packed"]
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message is one line: where (file:line), what, what to do."""
+
+
+class RowError(DataError):
+    """One row cannot be used.
+
+    Attributes:
+        where: "file:line" of the row.
+        cause: a short stable word to count by, such as `empty_response` or `malformed_json`.
+    """
+
+    def __init__(self, where: str, cause: str, message: str) -> None:
+        super().__init__(f"{where}: {message}")
+        self.where = where
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class PairColumns:
+    """Optional per-pair columns, carried all the way to the loss; None where a row does not have one."""
+
+    weight: float | None = None
+    beta: float | None = None
+    margin: float | None = None
+    label: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One row of a shard: a prompt and two responses, as plain strings or as message lists."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    columns: PairColumns
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """One pair in token ids. `prompt_ids` is common to both sequences; each response is non-empty and ends in EOS
+    unless it was truncated."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    columns: PairColumns
+    where: str
+    index: int
+
+    @property
+    def sequence_lengths(self) -> tuple[int, int]:
+        """Tokens of prompt + chosen and of prompt + rejected."""
+        return len(self.prompt_ids) + len(self.chosen_ids), len(self.prompt_ids) + len(self.rejected_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """One micro-batch of B whole pairs, in any layout.
+
+    Sequence s < B is pair s's prompt + chosen, sequence B + s its prompt + rejected. Both layouts read alike: the
+    hidden state at flat position `score_positions_N[n]` predicts token `labels_N[n]`, which belongs to sequence
+    `sequence_of_N[n]`, so that `logps_S = zeros(S).index_add(0, sequence_of_N, token_logps_N)`.
+
+    Attributes:
+        input_ids_RT: (R, T) token ids. padded: R = S rows, padded on the right; packed: R = 1, sequences end to end.
+        position_ids_RT: (R, T), restarting at 0 with each sequence; 0 on padding.
+        attention_mask_RT: (R, T) of 0/1, or None where there is no padding.
+        sequence_lengths: tokens of each of the S sequences, in the order in which they lie in a packed row.
+        score_positions_N, labels_N, sequence_of_N: (N,) see above; ascending by position.
+        response_lengths_S: (S,) scored tokens of each sequence, float32.
+        weight_B: (B,) float32, 1 where the row names none, 0 in an idle batch.
+        beta_B, margin_B, label_B: (B,) float32, NaN where the row names none.
+        index_B: the pairs' global row numbers; -1 in an idle batch.
+        sources: the pairs' source names.
+        layout: "padded" or "packed".
+    """
+
+    input_ids_RT: torch.Tensor
+    position_ids_RT: torch.Tensor
+    attention_mask_RT: torch.Tensor | None
+    sequence_lengths: tuple[int, ...]
+    score_positions_N: torch.Tensor
+    labels_N: torch.Tensor
+    sequence_of_N: torch.Tensor
+    response_lengths_S: torch.Tensor
+    weight_B: torch.Tensor
+    beta_B: torch.Tensor
+    margin_B: torch.Tensor
+    label_B: torch.Tensor
+    index_B: tuple[int, ...]
+    sources: tuple[str, ...]
+    layout: Layout
+
+    @property
+    def num_pairs(self) -> int:
+        """B, idle pairs included."""
+        return len(self.index_B)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this batch only keeps a rank in step with the others and counts for nothing."""
+        return self.index_B == (-1,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, without padding."""
+        return sum(self.sequence_lengths)
+
+    @property
+    def num_slots(self) -> int:
+        """Token positions that the model computes, padding included."""
+        return self.input_ids_RT.numel()
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if hasattr(value := getattr(self, field.name), "to")
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rank's share of one optimizer step.
+
+    Attributes:
+        number: 0-based step.
+        epoch: 0-based epoch that the window lies in.
+        micro_batches: this rank's pairs; ranks with fewer than others add idle ones.
+        num_pairs: pairs in `micro_batches` (rows of the window that were skipped are not among them).
+        num_skipped: this rank's rows that were skipped, by cause.
+    """
+
+    number: int
+    epoch: int
+    micro_batches: list[PairBatch]
+    num_pairs: int
+    num_skipped: dict[str, int]

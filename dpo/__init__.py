@@ -1,0 +1,1 @@
+"""Direct Preference Optimization: scoring, losses, references and the engines that shard them."""

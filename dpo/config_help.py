@@ -10,10 +10,10 @@ from dpo.sections import Config, DataSource
 
 _DESCRIPTION = """Align a causal language model to preferences with DPO (arXiv 2305.18290).
 
-Settings are merged as default < --config FILE.yaml < flags; the file holds the
-sections below as mappings, and --print-config shows the merge and exits.
-Booleans are true or false, lists are separated by spaces, none unsets a value.
-model.path, data.train and run.dir are required."""
+- Settings are merged as default < --config FILE.yaml < flags.
+- The file holds the sections below as mappings; --print-config shows the merge.
+- Booleans are true or false, lists are separated by spaces, none unsets a value.
+- model.path, data.train and run.dir are required."""
 
 
 def show_help() -> None:

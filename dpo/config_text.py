@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import types
 from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -60,18 +61,24 @@ def default_of(key: str) -> Any:
 def unknown_key(kind: str, key: str, where: str = "") -> ConfigError:
     """The error for a flag or YAML key that does not exist, with the nearest name that does."""
     name = key.removeprefix("--")
-    prefix = key[: len(key) - len(name)]
+    dashes = key[: len(key) - len(name)]
     near = nearest_key(name)
-    known = [prefix + k for k in known_keys()]
-    message = unknown_name(kind, key, known, prefix + near if near else None)
-    return ConfigError(message.replace(":", f"{where}:", 1) if where else message)
+    remedy = f"did you mean '{dashes}{near}'?" if near else "--help lists the known ones"
+    return ConfigError(f"unknown {kind} {key!r}{where}: {remedy}")
 
 
 def nearest_key(name: str) -> str | None:
-    """The known key whose last part is `name`'s, or which other trainers call so; None if spelling must decide."""
-    leaf = name.rsplit(".", 1)[-1].replace("-", "_")
+    """The known key that `name` most likely means: by its last part alone, by another trainer's word, by spelling."""
+    section, _, leaf = name.replace("-", "_").rpartition(".")
     same_leaf = [key for key in known_keys() if key.endswith(f".{leaf}")]
-    return same_leaf[0] if len(same_leaf) == 1 else _OTHER_WORDS.get(leaf)
+    if len(same_leaf) == 1:
+        return same_leaf[0]
+    if leaf in _OTHER_WORDS:
+        return _OTHER_WORDS[leaf]
+    siblings = [key.split(".")[1] for key in known_keys() if key.startswith(f"{section}.")]
+    near = [f"{section}.{sibling}" for sibling in get_close_matches(leaf, siblings, n=1)]
+    near += get_close_matches(name, known_keys(), n=1, cutoff=0.8)
+    return near[0] if near else None
 
 
 def coerce(key: str, raw: Any, hint: Any, where: str) -> Any:
@@ -226,7 +233,7 @@ def yaml_values(document: Any, path: str) -> dict[str, Any]:
         if section == RECORD_KEY:
             continue
         if section not in sections:
-            raise ConfigError(unknown_name("section", section, list(sections)).replace(":", f" in {path}:", 1))
+            raise ConfigError(f"{path}: {unknown_name('section', section, list(sections))}")
         if entries not in (None, "") and not isinstance(entries, dict):
             raise ConfigError(f"section {section!r} in {path}: expected keys below it, found {entries!r}")
         for name, raw in (entries or {}).items():

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Literal
 
 SHIPPED_DS_CONFIGS = "ds_configs/zero1.json, zero2.json or zero3.json"
 
@@ -343,9 +340,12 @@ class Config:
         if self.export.merge_lora:
             _require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
         self._check_reference()
-        known = [f"{section}.{key}" for section, key, _ in self.items()]
+        known = [
+            f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))
+        ]
         for key in self.checkpoint.allow_changes:
-            _require(key in known, f"checkpoint.allow_changes: {unknown_name('key', key, known)}")
+            if key not in known:
+                raise ConfigError(f"checkpoint.allow_changes: {unknown_name('key', key, known)}")
 
     def _check_reference(self) -> None:
         if self.reference.mode == "adapter_off":
@@ -362,17 +362,12 @@ class Config:
             return self.reference.mode
         return "adapter_off" if self.lora.r > 0 and self.reference.path is None else "frozen_copy"
 
-    def items(self) -> Iterator[tuple[str, str, object]]:
-        """Every (section, key, value)."""
-        for section in fields(self):
-            values = getattr(self, section.name)
-            yield from ((section.name, key.name, getattr(values, key.name)) for key in fields(values))
 
-
-def unknown_name(kind: str, name: str, known: list[str], suggestion: str | None = None) -> str:
-    """ "unknown key 'optim.lr': did you mean 'optim.learning_rate'?"; without a near name, where to look."""
-    near = [suggestion] if suggestion else get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else "--help lists the known ones")
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """ "unknown key 'optim.lr': did you mean 'optim.learning_rate'?", or where to look when no name is near."""
+    near = get_close_matches(name, known, n=1)
+    listed = f"known: {', '.join(known)}" if len(known) < 20 else "--help lists the known ones"
+    return f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else listed)
 
 
 def _require(condition: bool, message: str) -> None:

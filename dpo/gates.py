@@ -6,6 +6,7 @@ import torch
 
 from data_utils.batching import collate
 from data_utils.schema import Layout, PairBatch, PairColumns, TokenizedPair
+from dpo.config import ConfigError
 from dpo.engine import Engine
 from dpo.logps import mean_gap
 from dpo.policy import evaluating
@@ -17,7 +18,7 @@ STEP0_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 """Nats per token between policy and reference before the first step."""
 
 
-class GateError(ValueError):
+class GateError(ConfigError):
     """A check before training failed: the numbers would be wrong."""
 
 
@@ -43,7 +44,7 @@ def scoring_gap(engine: Engine, vocabulary: int, device: torch.device) -> float:
     return mean_gap(ours_S, own_S, batch.response_lengths_S)
 
 
-def check_scoring(gap: float, dtype: torch.dtype, model: str, layout: Layout) -> None:
+def require_scoring(gap: float, dtype: torch.dtype, model: str, layout: Layout) -> None:
     """Refuse a model whose logits we do not reproduce.
 
     Raises:
@@ -56,19 +57,22 @@ def check_scoring(gap: float, dtype: torch.dtype, model: str, layout: Layout) ->
         )
 
 
-def check_step0(engine: Engine, reference: Reference, batch: PairBatch, dtype: torch.dtype) -> float:
-    """Hold policy against reference on a batch before the first step, and return their gap in nats per token.
-
-    Raises:
-        GateError: they differ, so the reference is not the model before training.
-    """
+def step0_gap(engine: Engine, reference: Reference, batch: PairBatch) -> float:
+    """Largest difference per token between policy and reference on a batch, in nats; every rank calls it."""
     reference_logps_S = reference.logps(batch)
     with evaluating(engine.policy):
         policy_logps_S, _ = engine.forward(batch)
-    gap = mean_gap(policy_logps_S, reference_logps_S, batch.response_lengths_S)
+    return mean_gap(policy_logps_S, reference_logps_S, batch.response_lengths_S)
+
+
+def require_step0(gap: float, dtype: torch.dtype) -> None:
+    """Refuse a reference that is not the model before training.
+
+    Raises:
+        GateError: the gap before the first step exceeds the tolerance of the dtype.
+    """
     if gap > STEP0_TOLERANCE[dtype]:
         raise GateError(
             f"step 0: policy and reference differ by {gap:.2g} nats per token (allowed {STEP0_TOLERANCE[dtype]:g}):"
             " the reference must be the model before training; set reference.path if another one is meant"
         )
-    return gap

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from data_utils.schema import Layout, PairBatch
 from dpo import attention
-from dpo.config import Config, LoraSection
+from dpo.config import Config, ConfigError, LoraSection
 from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
 
 _STATELESS_LAYERS = {"full_attention", "sliding_attention"}
@@ -44,21 +44,26 @@ class Pretrained:
         """Read the configuration of `path`.
 
         Raises:
-            ValueError: there is no such model, or it needs code that is not trusted.
+            ConfigError: there is no such model, or it needs code that is not trusted.
         """
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"model.path={path}: no config.json there; give a folder written by save_pretrained or a hub name")
+            raise ConfigError(f"model.path={path}: no config.json there; give a folder written by save_pretrained or a hub name")
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.path={path}: {_first_line(error)}") from error
+            raise ConfigError(f"model.path={path}: {_first_line(error)}") from error
         text_config = config.get_text_config()
         dropouts = {key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)}
         for key in dropouts:
             setattr(text_config, key, 0.0)
         return Pretrained(path, config, dropouts, trust_remote_code)
+
+    def restore_dropouts(self, config: PretrainedConfig) -> None:
+        """Put the published dropout settings back into a configuration that is to be saved."""
+        for key, value in self.dropouts.items():
+            setattr(config.get_text_config(), key, value)
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -86,7 +91,7 @@ class Pretrained:
         """The model with its weights, on CPU (partitioned over the ranks inside a `zero.Init` context).
 
         Raises:
-            ValueError: weights are missing, unreadable, or pickled and not trusted.
+            ConfigError: weights are missing, unreadable, or pickled and not trusted.
         """
         safetensors_only = None if self.trust_remote_code else True
         try:
@@ -98,7 +103,7 @@ class Pretrained:
                 use_safetensors=safetensors_only,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.path={self.path}: {_first_line(error)}") from error
+            raise ConfigError(f"model.path={self.path}: {_first_line(error)}") from error
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -117,7 +122,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     The adapters' random half is drawn from `seed`, so that all ranks and engines start alike.
 
     Raises:
-        ValueError: the targets match no module.
+        ConfigError: the targets match no module.
     """
     targets = list(lora.target_modules)
     torch.manual_seed(seed)
@@ -133,7 +138,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise ValueError(f"lora.target_modules={' '.join(targets)}: {_first_line(error)}") from error
+        raise ConfigError(f"lora.target_modules={' '.join(targets)}: {_first_line(error)}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
 

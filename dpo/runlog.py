@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo.config import Config, changed_keys, load_record, to_yaml
+from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
 from dpo.world import World
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -42,7 +42,7 @@ class RunLog:
         """Refuse a directory that holds a run of another config.
 
         Raises:
-            ValueError: names the keys that differ.
+            ConfigError: names the keys that differ.
         """
         saved = self.directory / "config.yaml"
         if not saved.is_file():
@@ -51,7 +51,7 @@ class RunLog:
         if differences:
             listed = ", ".join(f"{key}: {old} there, {new} now" for key, old, new in differences)
             keys = " ".join(key for key, _, _ in differences)
-            raise ValueError(
+            raise ConfigError(
                 f"run.dir={self.directory} holds a run of another config ({listed}):"
                 f" give another --run.dir, or --checkpoint.allow_changes {keys}"
             )

@@ -157,6 +157,8 @@ class BatchSection:
 class ParallelSection:
     """How many processes share the work."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU per process where there is one, else the CPU."""
     engine: Literal["auto", "single", "fsdp2", "deepspeed"] = "auto"
     """auto: single for one process, fsdp2 for more."""
     ds_config: str | None = None
@@ -339,6 +341,9 @@ class Config:
             _require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
         if self.export.merge_lora:
             _require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
+        if self.batch.layout == "packed" and self.model.attn_implementation is not None:
+            remedy = "drop model.attn_implementation, or set --batch.layout padded"
+            raise ConfigError(f"batch.layout=packed brings its own attention: {remedy}")
         self._check_reference()
         known = [
             f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))

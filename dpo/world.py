@@ -6,15 +6,18 @@ Counts, stop flags and errors travel over a gloo side group, so that the device 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dpo.sections import ConfigError
+
 Kind = Literal["auto", "cpu", "cuda"]
+Result = TypeVar("Result")
 
 
 class PeerError(RuntimeError):
@@ -34,15 +37,15 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
     """The device of this rank: its GPU where there is one and `kind` allows it.
 
     Raises:
-        ValueError: a GPU was asked for and this rank has none.
+        ConfigError: a GPU was asked for and this rank has none.
     """
     num_gpus = torch.cuda.device_count()
     if kind == "cuda" and num_gpus == 0:
-        raise ValueError("train.device=cuda: this machine shows no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES); use train.device=cpu")
+        raise ConfigError("parallel.device=cuda: this machine shows no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES); use parallel.device=cpu")
     if kind == "cpu" or num_gpus == 0:
         return torch.device("cpu")
     if local_rank >= num_gpus:
-        raise ValueError(f"local rank {local_rank} has no GPU: {num_gpus} visible; start at most {num_gpus} ranks per node")
+        raise ConfigError(f"local rank {local_rank} has no GPU: {num_gpus} visible; start at most {num_gpus} ranks per node")
     return torch.device("cuda", local_rank)
 
 
@@ -57,22 +60,28 @@ class World:
     side_group: dist.ProcessGroup | None
 
     @staticmethod
-    def start(kind: Kind = "auto") -> World:
-        """Join the job that the environment describes (no process group for a single process).
+    def start(kind: Kind = "auto", sharded: bool = False) -> World:
+        """Join the job that the environment describes.
+
+        Args:
+            kind: which device to take.
+            sharded: the engine needs a process group even for a single process.
 
         Raises:
-            ValueError: the device does not exist, or a rendezvous variable is missing.
+            ConfigError: the device does not exist, or a rendezvous variable is missing.
         """
         rank, size, local_rank = environment_ranks(dict(os.environ))
         device = choose_device(kind, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1:
+            if sharded:
+                dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
             return World(rank, size, local_rank, device, None)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise ValueError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                raise ConfigError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
         side_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
         return World(rank, size, local_rank, device, side_group)
@@ -110,20 +119,29 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.side_group)
 
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run something that may refuse on some ranks only; then all refuse. No collectives inside `action`."""
+        try:
+            result, error = action(), None
+        except (ValueError, OSError) as refusal:
+            result, error = None, refusal
+        self.raise_together(error)
+        return result  # type: ignore[return-value]
+
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank when any of them failed: one's own error, else the first failed rank's message.
 
         Ranks thus never wait in a collective for one that has already given up.
 
         Raises:
-            ValueError: some rank had an error.
+            ConfigError: some rank had an error.
         """
         messages = self.gather_objects(None if error is None else str(error))
         if error is not None:
             raise error
         for message in messages:
             if message is not None:
-                raise ValueError(message)
+                raise ConfigError(message)
 
     def leave(self) -> None:
         """End membership in the job."""

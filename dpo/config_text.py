@@ -140,7 +140,7 @@ def _coerce_scalar(text: str, hint: Any) -> Any:
         value = hint(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if hint is int or math.isfinite(value) else None
 
 
 def _describe(hint: Any) -> str:

@@ -123,6 +123,7 @@ def test_the_rank_that_the_deepspeed_launcher_adds_is_ignored() -> None:
         (["--model.quantization", "nf4"], "unknown flag '--model.quantization': --help lists the known ones"),
         (["stray"], "unexpected argument 'stray'"),
         (["--data.shuffle", "on"], "--data.shuffle: expected true or false, found 'on'"),
+        (["--train.seed", "9" * 400, *REQUIRED], "train.seed must be in [0, 2**32)"),
         (["--train.seed", "1.5"], "--train.seed: expected a whole number, found '1.5'"),
         (["--loss.beta", "nan"], "--loss.beta: expected a number, found 'nan'"),
         (["--loss.type", "ipo"], "--loss.type: expected sigmoid, found 'ipo'"),
@@ -161,7 +162,8 @@ def test_flags_that_cannot_be_read_are_refused_in_one_line(flags: list[str], exp
         ("data: {train: [{name: b}]}", "data.train in r.yaml: a source needs a path, found name"),
         ("data: {train: ''}", "data.train is empty"),
         ("data: {train: ['']}", "data.train and data.eval must not hold an empty path"),
-        ("data: {train: &a [*a]}", "data.train in r.yaml: expected text, found a list"),
+        ("data: {train: [[a]]}", "data.train in r.yaml: expected text, found a list"),
+        ("data: {train: &a [*a]}", "r.yaml:1: malformed YAML"),
     ],
 )
 def test_yaml_that_cannot_be_read_is_refused_in_one_line(recipe: Any, text: str, expected: str) -> None:

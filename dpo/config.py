@@ -185,7 +185,7 @@ def _take_one(flags: dict[str, list[str]], name: str) -> str | None:
     if values is None:
         return None
     if len(values) != 1:
-        raise ConfigError(f"{name}: expected one file, found {' '.join(values) or 'none'}")
+        raise ConfigError(f"{name}: expected one file, found {' '.join(map(repr, values)) or 'none'}")
     return values[0]
 
 

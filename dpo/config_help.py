@@ -12,7 +12,7 @@ _DESCRIPTION = """Align a causal language model to preferences with DPO (arXiv 2
 
 - Settings are merged as default < --config FILE.yaml < flags.
 - The file holds the sections below as mappings; --print-config shows the merge.
-- Booleans are true or false, lists are separated by spaces, none unsets a value.
+- Booleans are true or false, lists are separated by spaces, none unsets a key.
 - model.path, data.train and run.dir are required."""
 
 

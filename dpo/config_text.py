@@ -112,7 +112,7 @@ def _coerce_union(key: str, raw: Any, hint: Any, where: str) -> Any:
 
 
 def _is_none(raw: Any) -> bool:
-    return raw is None or str(raw).lower() in ("none", "null", "~", "")
+    return raw is None or (isinstance(raw, str) and raw.lower() in ("none", "null", "~", ""))
 
 
 def _coerce_source(key: str, raw: dict[str, Any], where: str) -> DataSource:
@@ -140,7 +140,7 @@ def _coerce_scalar(text: str, hint: Any) -> Any:
         value = hint(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if hint is int or math.isfinite(value) else None
 
 
 def _describe(hint: Any) -> str:
@@ -150,6 +150,8 @@ def _describe(hint: Any) -> str:
 
 
 def _describe_raw(raw: Any) -> str:
+    if isinstance(raw, str):
+        return repr(raw)
     return {list: "a list", dict: "a mapping"}.get(type(raw), "nothing")
 
 
@@ -186,7 +188,7 @@ def flag_values(flags: dict[str, list[str]]) -> dict[str, Any]:
         if key not in known_keys():
             raise unknown_key("flag", flag)
         if not _is_list(key) and len(texts) != 1:
-            raise ConfigError(f"{flag}: expected one value, found {' '.join(texts) or 'none'}")
+            raise ConfigError(f"{flag}: expected one value, found {' '.join(map(repr, texts)) or 'none'}")
         values[key] = coerce(flag, texts if _is_list(key) else texts[0], known_keys()[key], "")
     return values
 
@@ -235,7 +237,7 @@ def yaml_values(document: Any, path: str) -> dict[str, Any]:
         if section not in sections:
             raise ConfigError(f"{path}: {unknown_name('section', section, list(sections))}")
         if entries not in (None, "") and not isinstance(entries, dict):
-            raise ConfigError(f"section {section!r} in {path}: expected keys below it, found {entries!r}")
+            raise ConfigError(f"section {section!r} in {path}: expected keys below it, found {_describe_raw(entries)}")
         for name, raw in (entries or {}).items():
             key = f"{section}.{name}"
             if key not in known_keys():

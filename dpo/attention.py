@@ -40,7 +40,13 @@ class Documents:
 
 
 def _explicit_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Scores written out, for soft caps (Gemma 2) and attention sinks (gpt-oss), which fused kernels do not offer.
 
@@ -67,7 +73,13 @@ def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _one_document(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention within one document: (1, heads, L, D)."""
     length = query.shape[2]
@@ -86,7 +98,9 @@ def _one_document(
     )
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None
+) -> Tensor:
     """All documents in one variable-length flash call (CUDA, 16-bit): (1, T, heads, D)."""
     from torch.nn.attention.varlen import varlen_attn
 

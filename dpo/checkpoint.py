@@ -1,10 +1,10 @@
 """Checkpoints: a directory appears under its final name only when it is complete, and is verified before it is read.
 
-    checkpoints/step-00000100/
-        manifest.json        size and SHA-256 of every other file
-        trainer.json         step, cursor, engine, what is trained, data fingerprint, running metrics
-        rng-00000.safetensors  random state of each rank
-        training*            weights and optimizer state, as the engine writes them
+checkpoints/step-00000100/
+    manifest.json        size and SHA-256 of every other file
+    trainer.json         step, cursor, engine, what is trained, data fingerprint, running metrics
+    rng-00000.safetensors  random state of each rank
+    training*            weights and optimizer state, as the engine writes them
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def check_compatible(path: Path, state: TrainerState, engine: str, world_size: i
         CheckpointError: it cannot be resumed with these settings.
     """
     if state.engine != engine:
-        raise CheckpointError(f"{path}: written by engine {state.engine}, not {engine}: set --parallel.engine {state.engine}")
+        raise CheckpointError(
+            f"{path}: written by engine {state.engine}, not {engine}: set --parallel.engine {state.engine}"
+        )
     if state.trained != trained:
         raise CheckpointError(f"{path}: holds {state.trained} training, not {trained}: keep lora.r as it was")
     if engine == "deepspeed" and state.world_size != world_size:
@@ -173,7 +175,9 @@ def _listed(root: Path) -> list[Path]:
     """Checkpoint directories by step; never a link or a foreign file."""
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
+    return sorted(
+        path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    )
 
 
 def _newest_sound(root: Path) -> Path | None:
@@ -188,7 +192,9 @@ def _newest_sound(root: Path) -> Path | None:
             print(f"warning: {'; '.join(problems)}; resuming from {sound.name}", flush=True)
         return sound
     if problems:
-        raise CheckpointError(f"{'; '.join(problems)}; no sound checkpoint is left: give another --run.dir to start over")
+        raise CheckpointError(
+            f"{'; '.join(problems)}; no sound checkpoint is left: give another --run.dir to start over"
+        )
     return None
 
 

@@ -119,5 +119,3 @@ class FSDP2Engine(TorchEngine):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.policy.is_lora)
         weights = get_model_state_dict(self.policy, options=options)
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
-

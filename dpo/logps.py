@@ -178,7 +178,9 @@ class ScoringHead(nn.Linear):
             ValueError: the head is not a plain `nn.Linear`.
         """
         if type(head) is not nn.Linear:
-            raise ValueError(f"model.path: its output head is a {type(head).__name__}; only a plain linear head can be scored")
+            raise ValueError(
+                f"model.path: its output head is a {type(head).__name__}; only a plain linear head can be scored"
+            )
         head.__class__ = cls
         assert isinstance(head, cls)
         head.transform = transform

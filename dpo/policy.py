@@ -48,14 +48,18 @@ class Pretrained:
         """
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"model.path={path}: no config.json there; give a folder written by save_pretrained or a hub name")
+            raise ConfigError(
+                f"model.path={path}: no config.json there; give a folder written by save_pretrained or a hub name"
+            )
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={path}: {_first_line(error)}") from error
         text_config = config.get_text_config()
-        dropouts = {key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)}
+        dropouts = {
+            key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)
+        }
         for key in dropouts:
             setattr(text_config, key, 0.0)
         return Pretrained(path, config, dropouts, trust_remote_code)

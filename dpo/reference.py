@@ -36,7 +36,9 @@ def build_reference(config: Config, source: Pretrained, engine: Engine) -> Refer
     if config.reference_source == "adapter_off":
         return Reference(_adapter_off(engine))
     if config.reference.path is not None:
-        source = Pretrained.open(config.reference.path, config.model.attn_implementation, config.model.trust_remote_code)
+        source = Pretrained.open(
+            config.reference.path, config.model.attn_implementation, config.model.trust_remote_code
+        )
     return Reference(engine.frozen_scorer(source, config.reference.offload))
 
 

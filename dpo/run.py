@@ -178,7 +178,9 @@ class Run:
         (step,) = self._agreed(self.loader, 0, 1)
         unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
         if names := sorted(set().union(*self.world.gather_objects(unread))):
-            self.terminal.say(f"warning: the rows' {', '.join(names)} are not read by loss.type={self.config.loss.type[0]}")
+            self.terminal.say(
+                f"warning: the rows' {', '.join(names)} are not read by loss.type={self.config.loss.type[0]}"
+            )
         if self.config.reference.path is None:
             batch = step.micro_batches[0].to(self.world.device)
             gap = self._worst(step0_gap(self.engine, self.reference, batch))
@@ -189,9 +191,12 @@ class Run:
         plan, batch = self.plan, self.config.batch
         self.terminal.facts(
             {
-                "model": f"{self.config.model.path} ({count(parameters)} parameters, {self.dtype})".replace("torch.", ""),
+                "model": f"{self.config.model.path} ({count(parameters)} parameters, {self.dtype})".replace(
+                    "torch.", ""
+                ),
                 "trains": f"{count(trainable)} ({trainable / parameters:.2%}), {self._trained}",
-                "reference": self.config.reference_source + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
+                "reference": self.config.reference_source
+                + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
                 "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
                 "layout": self.layout,
                 "pairs": f"{plan.num_rows} for training",
@@ -298,7 +303,9 @@ class Run:
         steps, seconds = self.plan.num_steps, self._seconds()
         self.terminal.stop()
         after = self.evaluate(steps)
-        final = export(self.log.directory / "final", self.engine, self.source, self.tokenizer, self.config, self.dtype, self.world)
+        final = export(
+            self.log.directory / "final", self.engine, self.source, self.tokenizer, self.config, self.dtype, self.world
+        )
         self.log.summary(
             {
                 **_before_after("loss", "eval_loss", self.totals.eval_before, after),

@@ -65,7 +65,12 @@ class RunLog:
         logging.captureWarnings(True)
         if not self.is_main:
             return
-        record = {"versions": _versions(), "git_commit": _git_commit(), "world_size": world.size, "device": str(world.device)}
+        record = {
+            "versions": _versions(),
+            "git_commit": _git_commit(),
+            "world_size": world.size,
+            "device": str(world.device),
+        }
         _write_atomically(self.directory / "config.yaml", to_yaml(self._config, record))
         self._trackers = _open_trackers(self._config, self.directory)
 
@@ -87,7 +92,11 @@ class RunLog:
         """Drop rows of metrics.jsonl after `step`: a resumed run writes them again."""
         path = self.directory / "metrics.jsonl"
         if self.is_main and path.is_file():
-            rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            rows = [
+                line
+                for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
             _write_atomically(path, "".join(row + "\n" for row in rows))
 
     def summary(self, summary: Mapping[str, Any]) -> None:

@@ -35,7 +35,9 @@ class AgreedStep:
     waited_s: float
 
 
-def agree(steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout, idle_token_id: int) -> Iterator[AgreedStep]:
+def agree(
+    steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout, idle_token_id: int
+) -> Iterator[AgreedStep]:
     """Bring this rank's steps into line with all others': one small exchange over the CPU per step.
 
     Raises:

@@ -37,7 +37,13 @@ class Terminal:
         """Begin to show progress."""
         if not self.console.is_terminal:
             return
-        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         self._progress = Progress(*columns, console=self.console)
         self._task = self._progress.add_task("", total=num_steps, completed=step, note="")
         self._progress.start()
@@ -49,7 +55,11 @@ class Terminal:
 
     def log(self, row: Mapping[str, Any], num_steps: int, pairs_per_step: int) -> None:
         """A logged step."""
-        left_s = (num_steps - row["step"]) * pairs_per_step / row["pairs_per_second"] if row["pairs_per_second"] else math.inf
+        left_s = (
+            (num_steps - row["step"]) * pairs_per_step / row["pairs_per_second"]
+            if row["pairs_per_second"]
+            else math.inf
+        )
         note = (
             f"loss {row['loss']:.4f}  margin {row['rewards/margins']:.3f}  accuracy {row['rewards/accuracies']:.2f}"
             f"  {row['pairs_per_second']:.2f} pairs/s"

@@ -41,11 +41,15 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
     """
     num_gpus = torch.cuda.device_count()
     if kind == "cuda" and num_gpus == 0:
-        raise ConfigError("parallel.device=cuda: this machine shows no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES); use parallel.device=cpu")
+        raise ConfigError(
+            "parallel.device=cuda: this machine shows no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES); use parallel.device=cpu"
+        )
     if kind == "cpu" or num_gpus == 0:
         return torch.device("cpu")
     if local_rank >= num_gpus:
-        raise ConfigError(f"local rank {local_rank} has no GPU: {num_gpus} visible; start at most {num_gpus} ranks per node")
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {num_gpus} visible; start at most {num_gpus} ranks per node"
+        )
     return torch.device("cuda", local_rank)
 
 

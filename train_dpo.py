@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Align a causal language model to preferences with DPO: `python train_dpo.py --config FILE [--section.name value ...]`.
+"""Align a causal language model to preferences with DPO: `python train_dpo.py --config FILE [--section.key value ...]`.
 
 Runs alone or as one of many ranks under `launch/local.sh`, torchrun, deepspeed or srun. Exit codes: 0 done, 2 config or
 data, 3 checkpoint, 4 a peer died or hung, 75 stopped on request (the same command resumes).

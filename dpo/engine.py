@@ -29,7 +29,7 @@ Scorer = Callable[[PairBatch], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What became of a step: global gradient norm before clipping, and 1 where the step was skipped (device scalars)."""
+    """What became of a step, as device scalars: global gradient norm before clipping, and 1 where it was skipped."""
 
     grad_norm: Tensor
     skipped: Tensor

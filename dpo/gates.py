@@ -1,4 +1,4 @@
-"""Checks that stop a run before it costs money: our scoring against the model's own logits, policy against reference."""
+"""Checks before a run costs money: our scoring against the model's own logits, policy against reference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def require_scoring(gap: float, dtype: torch.dtype, model: str, layout: Layout) 
     """
     if gap > SCORING_TOLERANCE[dtype]:
         raise GateError(
-            f"model.path={model}: our log-probs ({layout}) differ from the model's own logits by {gap:.2g} nats per token"
+            f"model.path={model}: our log-probs ({layout}) are {gap:.2g} nats per token off the model's own logits"
             f" (allowed {SCORING_TOLERANCE[dtype]:g}): its head does something we do not know; try batch.layout=padded"
         )
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -106,7 +105,7 @@ LOSSES: dict[str, LossType] = {"sigmoid": LossType(_sigmoid)}
 
 
 def rewards(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """Implicit rewards beta (log pi - log ref) of chosen and rejected, (B,) each, without grad (arXiv 2305.18290, Sec. 4)."""
+    """Implicit rewards beta (log pi - log ref) of chosen and rejected, (B,) each, no grad (2305.18290, Sec. 4)."""
     chosen_B = pairs.beta_B * (pairs.policy_chosen_logps_B - pairs.reference_chosen_logps_B)
     rejected_B = pairs.beta_B * (pairs.policy_rejected_logps_B - pairs.reference_rejected_logps_B)
     return chosen_B.detach(), rejected_B.detach()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data_utils.schema import PairBatch
 from dpo.config import LossSection
+from dpo.logps import HeadStatistic
 from dpo.loss import LOSSES, LossOptions, PairLogps
 
 
@@ -22,7 +23,7 @@ class Objective:
         self._type = LOSSES[loss.type[0]]
         self._options = LossOptions(label_smoothing=loss.label_smoothing)
         self._beta = loss.beta
-        self.statistic = self._type.head_statistic
+        self.statistic: HeadStatistic | None = self._type.head_statistic
         self.columns = self._type.columns | {"weight", "beta"}
 
     def pairs(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from data_utils.loader import StepLoader
+from data_utils.shards import ShardSet, SourceSpec
+from data_utils.tokenize import PairTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.schema import Layout, PairBatch
-from data_utils.shards import ShardSet, SourceSpec
-from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
 from dpo.checkpoint import TrainerState
 from dpo.config import Config, ConfigError, DataSource
@@ -26,7 +26,7 @@ from dpo.gates import require_scoring, require_step0, scoring_gap, step0_gap
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, flops_per_token, means, peak_flops
 from dpo.objective import Objective
-from dpo.plan import Plan, learning_rate, make_plan
+from dpo.plan import learning_rate, make_plan
 from dpo.policy import Pretrained, add_lora, can_pack, trainable_share
 from dpo.reference import Reference, build_reference
 from dpo.runlog import RunLog
@@ -102,8 +102,8 @@ class Run:
 
     @property
     def _filler_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
+        """The id that fills padding and idle batches; no loss ever sees it."""
+        return 0 if self.tokenizer.pad_token is None else self.tokenizer.convert_tokens_to_ids(self.tokenizer.pad_token)
 
     def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
         positions = self.source.max_positions
@@ -149,7 +149,7 @@ class Run:
         checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained)
         if state.data != self.shards.fingerprint and "data.train" not in self.config.checkpoint.allow_changes:
             raise ConfigError(
-                f"data.train: the shards are not those of {path}: restore them, or set --checkpoint.allow_changes data.train"
+                f"data.train: not the shards of {path}: restore them, or set --checkpoint.allow_changes data.train"
             )
         checkpoint.restore(path, self.engine, self.world)
         self.log.rewind(state.step)
@@ -207,6 +207,10 @@ class Run:
 
     # ---- between steps
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.plan, self.config.optim)
+
     def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
         """Note a micro-batch."""
         self.tally.add(batch, pairs, loss_B)
@@ -232,7 +236,7 @@ class Run:
     def _write_metrics(self, done: int, result: StepResult) -> None:
         sums, num_pairs, extras = self.tally.reduce(self.throughput.extras())
         grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
-        rate = learning_rate(done - 1, self.plan, self.config.optim)
+        rate = self.learning_rate(done - 1)
         row = {"step": done, "epoch": done / self.plan.steps_per_epoch}
         metrics = means(sums, num_pairs)
         row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
@@ -367,7 +371,7 @@ def choose_layout(config: Config, source: Pretrained) -> Layout:
     packs = can_pack(empty)
     if config.batch.layout == "packed" and not packs:
         raise ConfigError(
-            f"batch.layout=packed: layers of {config.model.path} would carry state across documents: set --batch.layout padded"
+            f"batch.layout=packed: layers of {config.model.path} carry state across rows: set --batch.layout padded"
         )
     layout: Layout = "packed" if packs and config.model.attn_implementation is None else "padded"
     layout = layout if config.batch.layout == "auto" else config.batch.layout

@@ -23,6 +23,8 @@ class RunLog:
 
     Attributes:
         directory: `run.dir`.
+        is_open: whether anything has been written; a refused config leaves no trace.
+        step: the last step that status.json speaks of.
         attempt: 1 for the first process that trains into this directory, one more for each that resumes.
     """
 
@@ -33,6 +35,8 @@ class RunLog:
         self._config = config
         self._trackers: list[Any] = []
         self.attempt = int(self.read_status().get("attempt", 0)) + 1
+        self.is_open = False
+        self.step = 0
 
     def read_status(self) -> dict[str, Any]:
         """`status.json`, or nothing in a new run directory."""
@@ -59,6 +63,7 @@ class RunLog:
     def open(self, world: World) -> None:
         """Create the directory, write config.yaml, start the per-rank log and the trackers."""
         (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+        self.is_open = True
         handler = logging.FileHandler(self.directory / "logs" / f"rank-{self._rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
@@ -76,6 +81,7 @@ class RunLog:
 
     def status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> None:
         """Write status.json."""
+        self.step = step
         if self.is_main:
             status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason, "attempt": self.attempt}
             _write_atomically(self.directory / "status.json", json.dumps(status) + "\n")

@@ -218,7 +218,7 @@ class OptimSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """Length and means of training."""
+    """Length of training."""
 
     epochs: int = 1
     """Passes over the training pairs."""
@@ -228,8 +228,6 @@ class TrainSection:
     """Stop this process after so many steps with a checkpoint and exit code 75, to be resumed."""
     seed: int = 42
     """Seed of data order, adapter initialization and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: a GPU where there is one, else the CPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 

@@ -44,9 +44,10 @@ class Terminal:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self._progress = Progress(*columns, console=self.console)
-        self._task = self._progress.add_task("", total=num_steps, completed=step, note="")
-        self._progress.start()
+        progress = Progress(*columns, console=self.console)
+        self._task = progress.add_task("", total=num_steps, completed=step, note="")
+        progress.start()
+        self._progress = progress
 
     def advance(self, step: int) -> None:
         """A step was taken."""

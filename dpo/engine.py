@@ -1,0 +1,255 @@
+"""Engines: who holds the weights, and how gradients become a step. They know no loss.
+
+Every engine offers the same few verbs (`Engine`) and the same arithmetic: compute in `model.dtype`, trainable weights,
+gradients and optimizer state in fp32, gradients *summed* over ranks and micro-steps, clipped by their global norm. A
+step whose gradient norm is not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_utils.schema import Layout, PairBatch
+from dpo.config import Config, OptimSection
+from dpo.logps import HeadStatistic
+from dpo.plan import Plan
+from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
+from dpo.world import World
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Scorer = Callable[[PairBatch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What became of a step: global gradient norm before clipping, and 1 where the step was skipped (device scalars)."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine."""
+
+    policy: Policy
+
+    def forward(
+        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`Policy.forward` with the weights gathered."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of this rank's part of the step's loss; `last` marks the step's last micro-step."""
+        ...
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update, and clear the gradients."""
+        ...
+
+    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+        """A second, frozen model, held like the policy; the scorer returns (S,) log-probs without grad."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write trainable weights and optimizer state; every rank calls it, all into one directory."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        ...
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """On rank 0 the full weights of `policy.model` (of the adapter only, for LoRA) on CPU; elsewhere nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Build:
+    """What an engine is built from."""
+
+    config: Config
+    plan: Plan
+    world: World
+    source: Pretrained
+    layout: Layout
+    dtype: torch.dtype
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`model.dtype`, with auto decided by the device."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def build_engine(build: Build) -> Engine:
+    """The engine that the plan names."""
+    if build.plan.engine == "deepspeed":
+        from dpo.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(build)
+    if build.plan.engine == "fsdp2":
+        from dpo.engine_fsdp import FSDP2Engine
+
+        return FSDP2Engine(build)
+    return SingleEngine(build)
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay spares vectors (norms and biases), as transformers' Trainer does."""
+    matrices = [p for p in parameters.values() if len(full_shape(p)) >= 2]
+    vectors = [p for p in parameters.values() if len(full_shape(p)) < 2]
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    assert optim.learning_rate is not None
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        fused=True,
+    )
+
+
+class TorchEngine:
+    """What single device and FSDP2 share: fp32 parameters under a fused AdamW, in named tensors.
+
+    Attributes:
+        parameters: the fp32 tensors that the optimizer updates, by the policy's names.
+    """
+
+    def __init__(self, policy: Policy, parameters: dict[str, nn.Parameter], optim: OptimSection) -> None:
+        self.policy = policy
+        self.parameters = parameters
+        self.max_grad_norm = optim.max_grad_norm
+        self.optimizer = make_optimizer(parameters, optim)
+        for parameter in parameters.values():
+            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            self.optimizer.state[parameter] = {"step": count, **moments}
+
+    def forward(
+        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Engine`."""
+        return self.policy(batch, statistic, own_logits)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """See `Engine`. Nothing here waits for the device: a bad step is skipped by the optimizer's own kernel."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        grad_norm = self._global_norm(gradients)
+        if self.max_grad_norm > 0:
+            scale = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([self._local(gradient) for gradient in gradients], scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped = 1.0 - torch.isfinite(grad_norm).float()
+        self._update(skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, skipped)
+
+    def _update(self, skipped: Tensor) -> None:
+        """One optimizer step on this rank's tensors; `found_inf` is the protocol by which fused AdamW leaves
+        weights, moments and step counts as they are."""
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights and optimizer state under flat names, to be saved or loaded in place."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach()
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return tensors
+
+
+class SingleEngine(TorchEngine):
+    """One process on one device. In bf16 the model computes with a copy of its fp32 weights."""
+
+    def __init__(self, build: Build) -> None:
+        self.device, self.dtype = build.world.device, build.dtype
+        self.layout: Layout = build.layout
+        start_dtype = build.dtype if build.config.lora.r else torch.float32
+        policy = trained_policy(build.source, build.config, build.layout, start_dtype).to(self.device)
+        self.computing = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        masters = self.computing if build.dtype == torch.float32 else self._split_masters()
+        super().__init__(policy, masters, build.config.optim)
+
+    def _split_masters(self) -> dict[str, nn.Parameter]:
+        """Move the fp32 weights out of the model, which keeps a copy in the compute dtype; gradients are added up
+        in fp32 as they appear."""
+        masters = {}
+        for name, parameter in self.computing.items():
+            master = nn.Parameter(parameter.detach().clone())
+            parameter.data = parameter.detach().to(self.dtype)
+
+            def collect(computed: nn.Parameter, master: nn.Parameter = master) -> None:
+                assert computed.grad is not None
+                gradient = computed.grad.to(master.dtype)
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                computed.grad = None
+
+            parameter.register_post_accumulate_grad_hook(collect)
+            masters[name] = master
+        return masters
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine`."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """See `Engine`."""
+        result = super().step(learning_rate)
+        self._refresh()
+        return result
+
+    def _refresh(self) -> None:
+        if self.parameters is not self.computing:
+            torch._foreach_copy_([p.detach() for p in self.computing.values()], list(self.parameters.values()))
+
+    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+        """See `Engine`."""
+        model = frozen_policy(source, self.layout, self.dtype)
+        model.to("cpu" if offload else self.device)
+
+        @torch.no_grad()
+        def score(batch: PairBatch) -> Tensor:
+            if offload:
+                model.to(self.device)
+            logps_S, _ = model(batch)
+            if offload:
+                model.to("cpu")
+            return logps_S
+
+        return score
+
+    def save(self, directory: Path) -> None:
+        """See `Engine`: one safetensors file."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_tensors().items()}
+        save_file(tensors, directory / "training.safetensors")
+
+    def load(self, directory: Path) -> None:
+        """See `Engine`."""
+        loaded = load_file(directory / "training.safetensors")
+        for name, tensor in self.state_tensors().items():
+            tensor.copy_(loaded[name])
+        self._refresh()
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        if self.policy.is_lora:
+            return {name.removeprefix("model."): p.detach().cpu() for name, p in self.parameters.items()}
+        return {name: tensor.detach().cpu() for name, tensor in self.policy.model.state_dict().items()}

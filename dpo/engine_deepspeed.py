@@ -1,0 +1,128 @@
+"""DeepSpeed ZeRO-1, -2 and -3. The JSON holds ZeRO knobs; batch size, precision and clipping come from the config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from data_utils.schema import Layout, PairBatch
+from dpo.ds_json import complete_ds_json, read_ds_json
+from dpo.engine import Build, Scorer, StepResult, make_optimizer
+from dpo.logps import HeadStatistic
+from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
+
+_TAG = "deepspeed"
+
+
+def _join(build: Build) -> None:
+    """Let DeepSpeed use the process group that is there."""
+    # On CPU DeepSpeed would compile a shared-memory all-reduce (half a minute, needs a compiler, and a killed build
+    # leaves a lock that blocks every later run); gloo does its work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", str(build.world.local_rank))
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+class DeepSpeedEngine:
+    """The policy under a DeepSpeed engine; see `dpo.engine.Engine` for the verbs."""
+
+    def __init__(self, build: Build) -> None:
+        assert build.config.parallel.ds_config is not None
+        _join(build)
+        self.world, self.dtype = build.world, build.dtype
+        self.layout: Layout = build.layout
+        self.settings = complete_ds_json(
+            read_ds_json(build.config.parallel.ds_config),
+            dtype="bfloat16" if build.dtype == torch.bfloat16 else "float32",
+            world_size=build.world.size,
+            max_grad_norm=build.config.optim.max_grad_norm,
+        )
+        self.stage: int = self.settings["zero_optimization"]["stage"]
+        self.max_grad_norm = build.config.optim.max_grad_norm
+        # transformers loads into partitions (zero.Init) for as long as this object lives.
+        self._partition_on_load = HfDeepSpeedConfig(self.settings) if self.stage == 3 else None
+        start_dtype = build.dtype if build.config.lora.r or self.stage == 3 else torch.float32
+        policy = trained_policy(build.source, build.config, build.layout, start_dtype)
+        trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.engine: Any
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=make_optimizer(trainable, build.config.optim), config=self.settings
+        )
+        self.policy: Policy = policy
+
+    def forward(
+        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Engine`."""
+        return self.engine(batch, statistic, own_logits)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine`. DeepSpeed averages over ranks, so the loss is scaled back."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world.size)
+        if not last:
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """See `Engine`."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        skipped = torch.tensor(float(not self.engine.was_step_applied()), device=self.world.device)
+        return StepResult(norm, skipped)
+
+    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+        """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
+        model: Any = frozen_policy(source, self.layout, self.dtype)
+        if self.stage == 3:
+            zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
+            model, *_ = deepspeed.initialize(model=model, config=self.settings | {"zero_optimization": zero})
+        else:
+            model.to("cpu" if offload else self.world.device)
+        moves = offload and self.stage != 3
+
+        @torch.no_grad()
+        def score(batch: PairBatch) -> Tensor:
+            if moves:
+                model.to(self.world.device)
+            logps_S, _ = model(batch)
+            if moves:
+                model.to("cpu")
+            return logps_S
+
+        return score
+
+    def save(self, directory: Path) -> None:
+        """See `Engine`. DeepSpeed writes pickles, one per rank."""
+        self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, directory: Path) -> None:
+        """See `Engine`."""
+        self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """See `Engine`. Under stage 3 one parameter is gathered at a time."""
+        parameters = dict(self.policy.model.named_parameters(remove_duplicate=False))
+        if self.policy.is_lora:
+            parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        weights = {}
+        for name, parameter in parameters.items():
+            with self._gathered([parameter]):
+                if self.world.is_main:
+                    weights[name] = parameter.detach().cpu().clone()
+        buffers = {} if self.policy.is_lora else dict(self.policy.model.named_buffers())
+        persistent = self.policy.model.state_dict().keys() & buffers.keys()
+        return weights | {name: buffers[name].detach().cpu() for name in persistent} if self.world.is_main else {}
+
+    def _gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
+        return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext()

@@ -1,0 +1,123 @@
+"""FSDP2: parameters, gradients and optimizer state sharded by `fully_shard`; replicated, hybrid or full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from data_utils.schema import Layout, PairBatch
+from dpo.engine import Build, Scorer, TorchEngine
+from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
+from dpo.world import World
+
+
+def make_mesh(world: World, shard_size: int) -> DeviceMesh:
+    """(world / shard_size) replicas of the weights, each sharded over `shard_size` ranks."""
+    if shard_size == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (world.size // shard_size, shard_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, offload: OffloadPolicy) -> None:
+    """`fully_shard` each decoder layer and the policy around them, in place.
+
+    Embeddings, final norm and head stay in the root's group: tied embeddings are one parameter.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    blocks = set(policy.causal_lm._no_split_modules or ())
+    for module in policy.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, **settings)
+    fully_shard(policy, **settings)
+
+
+def fill(empty: Policy, full: Policy | None, device: torch.device) -> None:
+    """Give a sharded policy on the meta device its weights from rank 0's full one: a tensor at a time, so that no
+    other rank ever holds more than its shards."""
+    empty.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(empty, full.state_dict() if full is not None else {}, options=options)
+    originals = dict(full.named_buffers()) if full is not None else {}
+    for name, buffer in empty.named_buffers():
+        if name in originals:
+            buffer.copy_(originals[name])
+        dist.broadcast(buffer, src=0)
+
+
+class FSDP2Engine(TorchEngine):
+    """Sharded over `parallel.shard_size` ranks, replicated over the rest."""
+
+    def __init__(self, build: Build) -> None:
+        self.world, self.dtype = build.world, build.dtype
+        self.layout: Layout = build.layout
+        self.mesh = make_mesh(build.world, build.plan.shard_size)
+        start_dtype = build.dtype if build.config.lora.r else torch.float32
+        arguments = (build.source, build.config, build.layout, start_dtype)
+        full = trained_policy(*arguments) if build.world.is_main else None
+        policy = trained_policy(*arguments, empty=True)
+        shard(policy, self.mesh, build.dtype, OffloadPolicy())
+        fill(policy, full, build.world.device)
+        trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        super().__init__(policy, trainable, build.config.optim)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine`. Reduce-scatter averages over ranks, so the loss is scaled back; replicas are only summed at
+        the boundary."""
+        assert isinstance(self.policy, FSDPModule)
+        self.policy.set_requires_all_reduce(last)
+        (loss * self.world.size).backward()
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        norm = super()._global_norm(gradients)
+        assert isinstance(norm, DTensor)
+        return norm.full_tensor()
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor)
+        return tensor.to_local()
+
+    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+        """See `Engine`."""
+        arguments = (source, self.layout, self.dtype)
+        full = frozen_policy(*arguments) if self.world.is_main else None
+        model = frozen_policy(*arguments, empty=True)
+        on_gpu = self.world.device.type == "cuda"
+        shard(model, self.mesh, self.dtype, CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy())
+        fill(model, full, torch.device("cpu") if offload else self.world.device)
+
+        @torch.no_grad()
+        def score(batch: PairBatch) -> Tensor:
+            logps_S, _ = model(batch)
+            return logps_S
+
+        return score
+
+    def save(self, directory: Path) -> None:
+        """See `Engine`: a distributed checkpoint, of which each rank writes its shards."""
+        dcp.save(self.state_tensors(), checkpoint_id=directory / "training", process_group=self.world.side_group)
+
+    def load(self, directory: Path) -> None:
+        """See `Engine`."""
+        dcp.load(self.state_tensors(), checkpoint_id=directory / "training", process_group=self.world.side_group)
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.policy.is_lora)
+        weights = get_model_state_dict(self.policy, options=options)
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+

@@ -1,0 +1,78 @@
+"""Checks that stop a run before it costs money: our scoring against the model's own logits, policy against reference."""
+
+from __future__ import annotations
+
+import torch
+
+from data_utils.batching import collate
+from data_utils.schema import Layout, PairBatch, PairColumns, TokenizedPair
+from dpo.config import ConfigError
+from dpo.engine import Engine
+from dpo.logps import mean_gap
+from dpo.policy import evaluating
+from dpo.reference import Reference
+
+SCORING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Nats per token between our scoring and the model's own logits, which bf16 models round to 8 bits."""
+STEP0_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+"""Nats per token between policy and reference before the first step."""
+
+
+class GateError(ConfigError):
+    """A check before training failed: the numbers would be wrong."""
+
+
+def probe_batch(vocabulary: int, layout: Layout) -> PairBatch:
+    """Two small pairs of arbitrary tokens, unequal in every length."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (27,), generator=generator).tolist()
+    first = TokenizedPair(tokens[:5], tokens[5:9], tokens[9:15], PairColumns(), "probe", 0)
+    second = TokenizedPair(tokens[15:18], tokens[18:25], tokens[25:27], PairColumns(), "probe", 1)
+    return collate([first, second], layout, pad_token_id=0)
+
+
+def scoring_gap(engine: Engine, vocabulary: int, device: torch.device) -> float:
+    """Largest difference per token between our scoring and the model's own logits, over a few sequences, in nats.
+
+    Every rank calls it, with adapters on: FSDP2 settles what it will compute in on its first forward, which must
+    therefore not be one with the adapter off.
+    """
+    batch = probe_batch(vocabulary, engine.policy.layout).to(device)
+    with evaluating(engine.policy):
+        ours_S, _ = engine.forward(batch)
+        own_S, _ = engine.forward(batch, own_logits=True)
+    return mean_gap(ours_S, own_S, batch.response_lengths_S)
+
+
+def require_scoring(gap: float, dtype: torch.dtype, model: str, layout: Layout) -> None:
+    """Refuse a model whose logits we do not reproduce.
+
+    Raises:
+        GateError: the gap exceeds the tolerance of the dtype.
+    """
+    if gap > SCORING_TOLERANCE[dtype]:
+        raise GateError(
+            f"model.path={model}: our log-probs ({layout}) differ from the model's own logits by {gap:.2g} nats per token"
+            f" (allowed {SCORING_TOLERANCE[dtype]:g}): its head does something we do not know; try batch.layout=padded"
+        )
+
+
+def step0_gap(engine: Engine, reference: Reference, batch: PairBatch) -> float:
+    """Largest difference per token between policy and reference on a batch, in nats; every rank calls it."""
+    reference_logps_S = reference.logps(batch)
+    with evaluating(engine.policy):
+        policy_logps_S, _ = engine.forward(batch)
+    return mean_gap(policy_logps_S, reference_logps_S, batch.response_lengths_S)
+
+
+def require_step0(gap: float, dtype: torch.dtype) -> None:
+    """Refuse a reference that is not the model before training.
+
+    Raises:
+        GateError: the gap before the first step exceeds the tolerance of the dtype.
+    """
+    if gap > STEP0_TOLERANCE[dtype]:
+        raise GateError(
+            f"step 0: policy and reference differ by {gap:.2g} nats per token (allowed {STEP0_TOLERANCE[dtype]:g}):"
+            " the reference must be the model before training; set reference.path if another one is meant"
+        )

@@ -1,0 +1,199 @@
+"""Log-probs of response tokens straight from hidden states, without ever holding all logits.
+
+The output head is given a subclass that scores: hidden states of the scored positions go in, one fp32 log-prob per
+position comes out, in chunks of rows whose logits fit in `CHUNK_BYTES`. When the head is frozen (LoRA) the gradient
+with respect to the hidden states is formed in the same pass, so that no logits are computed twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HeadStatistic = Literal["log_sum_p2"]
+CHUNK_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to its head's output before the softmax: logits = softcap * tanh(scale * raw / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw_RV: Tensor) -> Tensor:
+        """The model's logits, in the dtype of the input."""
+        scaled_RV = raw_RV if self.scale == 1.0 else raw_RV * self.scale
+        return scaled_RV if self.softcap is None else self.softcap * torch.tanh(scaled_RV / self.softcap)
+
+    def slope(self, logits_RV: Tensor) -> Tensor | float:
+        """d logits / d raw, as a function of the logits."""
+        return self.scale if self.softcap is None else self.scale * (1 - (logits_RV / self.softcap) ** 2)
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows whose logits, in fp32 and in the head's dtype, stay below `CHUNK_BYTES` together (at least one row)."""
+    bytes_per_logit = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    return max(1, CHUNK_BYTES // (vocabulary * bytes_per_logit))
+
+
+def _logits(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, transform: LogitTransform) -> Tensor:
+    """(R, V) logits in fp32 (fp64 for an fp64 head)."""
+    raw_RV = F.linear(hidden_RH, weight_VH, bias_V)
+    return transform(raw_RV.to(torch.promote_types(raw_RV.dtype, torch.float32)))
+
+
+def _raw_gradient(probs_RV: Tensor, labels_R: Tensor, slope: Tensor | float) -> Tensor:
+    """d logp(label) / d raw logits = (onehot - p) * slope; overwrites `probs_RV`."""
+    gradient_RV = probs_RV.neg_()
+    gradient_RV.scatter_add_(1, labels_R[:, None], torch.ones_like(gradient_RV[:, :1]))
+    return gradient_RV if isinstance(slope, float) and slope == 1.0 else gradient_RV.mul_(slope)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """(N, H) hidden states -> (N,) log-probs of the labels and (N,) head statistic (no gradient through the latter)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        transform: LogitTransform,
+        with_statistic: bool,
+    ) -> tuple[Tensor, Tensor]:
+        size = chunk_rows(weight_VH.shape[0], weight_VH.dtype)
+        wants_hidden, head_is_frozen = ctx.needs_input_grad[0], not ctx.needs_input_grad[1]
+        gradient_now = wants_hidden and head_is_frozen
+        dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+        token_logps_N = hidden_NH.new_empty(len(labels_N), dtype=dtype)
+        log_partition_N = torch.empty_like(token_logps_N)
+        statistic_N = torch.empty_like(token_logps_N) if with_statistic else token_logps_N.new_empty(0)
+        unit_gradient_NH = torch.empty_like(hidden_NH) if gradient_now else None
+        for start in range(0, len(labels_N), size):
+            rows = slice(start, start + size)
+            logits_RV = _logits(hidden_NH[rows], weight_VH, bias_V, transform)
+            slope = transform.slope(logits_RV) if gradient_now else 1.0
+            picked_R = logits_RV.gather(1, labels_N[rows, None]).squeeze(1)
+            max_R1 = logits_RV.amax(1, keepdim=True)
+            exp_RV = logits_RV.sub_(max_R1).exp_()
+            sum_R1 = exp_RV.sum(1, keepdim=True)
+            log_partition_N[rows] = (max_R1 + sum_R1.log()).squeeze(1)
+            token_logps_N[rows] = picked_R - log_partition_N[rows]
+            if with_statistic:
+                statistic_N[rows] = exp_RV.square().sum(1).log() - 2 * sum_R1.squeeze(1).log()
+            if unit_gradient_NH is not None:
+                raw_RV = _raw_gradient(exp_RV.div_(sum_R1), labels_N[rows], slope)
+                unit_gradient_NH[rows] = raw_RV.to(weight_VH.dtype) @ weight_VH
+        ctx.transform, ctx.chunk = transform, size
+        ctx.mark_non_differentiable(statistic_N)
+        if unit_gradient_NH is not None:
+            ctx.save_for_backward(unit_gradient_NH)
+        else:
+            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, labels_N, log_partition_N)
+        return token_logps_N, statistic_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        gradient_N = gradients[0]
+        if not ctx.needs_input_grad[1]:
+            (unit_gradient_NH,) = ctx.saved_tensors
+            gradient_NH = (unit_gradient_NH * gradient_N[:, None]).to(unit_gradient_NH.dtype)
+            return gradient_NH, None, None, None, None, None
+        hidden_NH, weight_VH, bias_V, labels_N, log_partition_N = ctx.saved_tensors
+        hidden_gradient_NH = torch.empty_like(hidden_NH)
+        weight_gradient_VH = torch.zeros_like(weight_VH, dtype=gradient_N.dtype)
+        bias_gradient_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=gradient_N.dtype)
+        for start in range(0, len(labels_N), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logits_RV = _logits(hidden_NH[rows], weight_VH, bias_V, ctx.transform)
+            slope = ctx.transform.slope(logits_RV)
+            probs_RV = logits_RV.sub_(log_partition_N[rows, None]).exp_()
+            raw_RV = _raw_gradient(probs_RV, labels_N[rows], slope).mul_(gradient_N[rows, None])
+            if bias_gradient_V is not None:
+                bias_gradient_V += raw_RV.sum(0)
+            raw_RV = raw_RV.to(weight_VH.dtype)
+            hidden_gradient_NH[rows] = raw_RV @ weight_VH
+            if weight_gradient_VH.dtype == raw_RV.dtype:
+                weight_gradient_VH.addmm_(raw_RV.T, hidden_NH[rows])
+            else:
+                weight_gradient_VH += raw_RV.T @ hidden_NH[rows]
+        weight_gradient_VH = weight_gradient_VH.to(weight_VH.dtype)
+        if bias_V is not None and bias_gradient_V is not None:
+            bias_gradient_V = bias_gradient_V.to(bias_V.dtype)
+        return hidden_gradient_NH, weight_gradient_VH, bias_gradient_V, None, None, None
+
+
+def token_logps(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    transform: LogitTransform | None = None,
+    statistic: HeadStatistic | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each label under the head's softmax at its position, in nats.
+
+    Args:
+        hidden_NH: (N, H) final hidden states of the positions that predict the labels.
+        weight_VH, bias_V: the head, (V, H) and (V,) or None.
+        labels_N: (N,) int64 token ids.
+        transform: the model's logit scale and soft cap (default: none).
+        statistic: "log_sum_p2" for log sum_v p_v^2 of each position (WPO, arXiv 2406.11827, Sec. 3), without gradient.
+
+    Returns:
+        (N,) token_logps in fp32 (fp64 for an fp64 head), and (N,) statistic or None.
+    """
+    token_logps_N, statistic_N = _TokenLogps.apply(
+        hidden_NH, weight_VH, bias_V, labels_N, transform or LogitTransform(), statistic is not None
+    )
+    return token_logps_N, statistic_N if statistic is not None else None
+
+
+def sum_by_sequence(values_N: Tensor, sequence_of_N: Tensor, num_sequences: int) -> Tensor:
+    """(N,) values of scored tokens summed per sequence: (S,)."""
+    return values_N.new_zeros(num_sequences).index_add(0, sequence_of_N, values_N)
+
+
+class ScoringHead(nn.Linear):
+    """A model's output head that also scores: with labels it returns log-probs, without them logits as before.
+
+    Never constructed: `adopt` swaps the class of a loaded head, the one change that is made to a model. The loop over
+    chunks lies inside one module's forward, so that hooks of FSDP2 and ZeRO-3 gather the head's weight once.
+    """
+
+    transform: LogitTransform
+
+    @classmethod
+    def adopt(cls, head: nn.Module, transform: LogitTransform) -> ScoringHead:
+        """Turn a plain linear head into a scoring one, in place.
+
+        Raises:
+            ValueError: the head is not a plain `nn.Linear`.
+        """
+        if type(head) is not nn.Linear:
+            raise ValueError(f"model.path: its output head is a {type(head).__name__}; only a plain linear head can be scored")
+        head.__class__ = cls
+        assert isinstance(head, cls)
+        head.transform = transform
+        return head
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, labels_N: Tensor | None = None, statistic: HeadStatistic | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """(…, H) hidden states -> logits; with labels (N, H) -> `token_logps`."""
+        if labels_N is None:
+            return F.linear(input, self.weight, self.bias)
+        return token_logps(input, self.weight, self.bias, labels_N, self.transform, statistic)
+
+
+def mean_gap(left_S: Tensor, right_S: Tensor, lengths_S: Tensor) -> float:
+    """Largest difference of two sets of sequence log-probs, in nats per token."""
+    gap = ((left_S - right_S).abs() / lengths_S).max().item()
+    return math.inf if math.isnan(gap) else gap

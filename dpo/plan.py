@@ -1,0 +1,112 @@
+"""Numbers derived from the config once the number of processes and rows is known, and the learning rate by step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dpo.sections import ConfigError
+
+if TYPE_CHECKING:
+    from dpo.sections import Config, OptimSection
+
+Engine = Literal["single", "fsdp2", "deepspeed"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        world_size: processes.
+        num_rows: rows of the training shards.
+        steps_per_epoch: steps of one pass; the last one may be short.
+        num_steps: steps of the whole run, over which the learning rate decays.
+        warmup_steps: steps over which the learning rate rises from 0.
+        engine: the engine that `parallel.engine` stands for.
+        shard_size: ranks that share one copy of the weights; 1 for the single engine, the world for DeepSpeed.
+        layout: `batch.layout` as asked; `auto` is decided when the model is known.
+    """
+
+    world_size: int
+    num_rows: int
+    steps_per_epoch: int
+    num_steps: int
+    warmup_steps: int
+    engine: Engine
+    shard_size: int
+    layout: Literal["auto", "padded", "packed"]
+
+
+def make_plan(config: Config, world_size: int, num_rows: int) -> Plan:
+    """The plan of a run of `world_size` processes over `num_rows` rows.
+
+    Raises:
+        ConfigError: the engine, `parallel.shard_size` or `batch.pairs_per_step` does not fit; names the numbers.
+    """
+    pairs_per_step = config.batch.pairs_per_step
+    if num_rows < pairs_per_step:
+        raise ConfigError(
+            f"fewer pairs than one global step: data.train has {num_rows}, batch.pairs_per_step is {pairs_per_step}: "
+            f"set --batch.pairs_per_step to at most {num_rows}, or add data"
+        )
+    engine = _choose_engine(config, world_size)
+    steps_per_epoch = math.ceil(num_rows / pairs_per_step)
+    num_steps = config.train.epochs * steps_per_epoch
+    if config.train.max_steps is not None:
+        num_steps = min(num_steps, config.train.max_steps)
+    return Plan(
+        world_size=world_size,
+        num_rows=num_rows,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        warmup_steps=math.ceil(num_steps * config.optim.warmup_ratio),
+        engine=engine,
+        shard_size=_choose_shard_size(config, engine, world_size),
+        layout=config.batch.layout,
+    )
+
+
+def learning_rate(step: int, plan: Plan, optim: OptimSection) -> float:
+    """The learning rate with which optimizer step `step` (0-based) is taken.
+
+    The values of transformers' `get_scheduler` for "linear", "cosine" and "constant_with_warmup" (and so TRL's): the
+    warm-up is step / warmup_steps, so its first step has rate 0; the decay would reach 0 at step `num_steps`, one past
+    the last.
+    """
+    assert optim.learning_rate is not None, "Config fills it in"
+    if step < plan.warmup_steps:
+        return optim.learning_rate * step / plan.warmup_steps
+    if optim.scheduler == "constant":
+        return optim.learning_rate
+    decay_steps = max(1, plan.num_steps - plan.warmup_steps)
+    progress = (step - plan.warmup_steps) / decay_steps
+    if optim.scheduler == "cosine":
+        return optim.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return optim.learning_rate * max(0.0, 1 - progress)
+
+
+def _choose_engine(config: Config, world_size: int) -> Engine:
+    engine = config.parallel.engine
+    if engine == "auto":
+        return "single" if world_size == 1 else "fsdp2"
+    if engine == "single" and world_size > 1:
+        raise ConfigError(
+            f"parallel.engine=single runs one process, but {world_size} were started: set --parallel.engine fsdp2"
+        )
+    return engine
+
+
+def _choose_shard_size(config: Config, engine: Engine, world_size: int) -> int:
+    shard_size = config.parallel.shard_size
+    if shard_size is None:
+        return world_size
+    if world_size % shard_size:
+        sizes = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+        raise ConfigError(
+            f"parallel.shard_size={shard_size} does not divide the {world_size} processes: "
+            f"set --parallel.shard_size to one of {sizes}"
+        )
+    assert engine != "deepspeed", "ParallelSection refuses it"
+    return shard_size

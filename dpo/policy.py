@@ -1,0 +1,284 @@
+"""The model that is trained: loading, LoRA, and one module whose forward returns log-probs.
+
+`Policy` wraps a causal language model so that every engine sees a single root module: hidden states, scored positions
+and the head all lie inside its forward, where the hooks of FSDP2 and ZeRO-3 gather weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from data_utils.schema import Layout, PairBatch
+from dpo import attention
+from dpo.config import Config, ConfigError, LoraSection
+from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
+
+_STATELESS_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model on disk or on a hub, described by its configuration; no weights are read yet.
+
+    Attributes:
+        config: its configuration with every dropout at 0.
+        dropouts: the dropout settings as published, which an export restores.
+    """
+
+    path: str
+    config: PretrainedConfig
+    dropouts: dict[str, float]
+    trust_remote_code: bool
+
+    @staticmethod
+    def open(path: str, attn_implementation: str | None = None, trust_remote_code: bool = False) -> Pretrained:
+        """Read the configuration of `path`.
+
+        Raises:
+            ConfigError: there is no such model, or it needs code that is not trusted.
+        """
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local and not (Path(path) / "config.json").is_file():
+            raise ConfigError(f"model.path={path}: no config.json there; give a folder written by save_pretrained or a hub name")
+        extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={path}: {_first_line(error)}") from error
+        text_config = config.get_text_config()
+        dropouts = {key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)}
+        for key in dropouts:
+            setattr(text_config, key, 0.0)
+        return Pretrained(path, config, dropouts, trust_remote_code)
+
+    def restore_dropouts(self, config: PretrainedConfig) -> None:
+        """Put the published dropout settings back into a configuration that is to be saved."""
+        for key, value in self.dropouts.items():
+            setattr(config.get_text_config(), key, value)
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The language model's part of the configuration."""
+        return self.config.get_text_config()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for, where its configuration says so."""
+        return self.text_config.to_dict().get("max_position_embeddings")
+
+    @property
+    def logit_transform(self) -> LogitTransform:
+        """Scale and soft cap that this model applies to its head's output (the start-up check proves it)."""
+        values = self.text_config.to_dict()
+        scale = (values.get("logit_scale") or 1.0) / (values.get("logits_scaling") or 1.0)
+        return LogitTransform(float(scale), values.get("final_logit_softcapping"))
+
+    def empty(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on the meta device: shapes without storage."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=self.trust_remote_code)
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with its weights, on CPU (partitioned over the ranks inside a `zero.Init` context).
+
+        Raises:
+            ConfigError: weights are missing, unreadable, or pickled and not trusted.
+        """
+        safetensors_only = None if self.trust_remote_code else True
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=self.config,
+                dtype=dtype,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=safetensors_only,
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={self.path}: {_first_line(error)}") from error
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether all layers are attention that can keep packed documents apart (no state, no chunks)."""
+    layer_types = model.config.get_text_config().to_dict().get("layer_types") or []
+    return set(layer_types) <= _STATELESS_LAYERS and model._supports_attention_backend
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSection, seed: int) -> PeftModel:
+    """The model with fp32 LoRA adapters that start as the identity; everything else is frozen.
+
+    The adapters' random half is drawn from `seed`, so that all ranks and engines start alike.
+
+    Raises:
+        ConfigError: the targets match no module.
+    """
+    targets = list(lora.target_modules)
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={' '.join(targets)}: {_first_line(error)}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+class Policy(nn.Module):
+    """A causal language model that scores batches: forward(batch) -> summed log-probs per sequence.
+
+    Attributes:
+        model: the transformers model or the PeftModel around it; the one thing that is exported.
+        layout: the layout its attention is set up for.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, transform: LogitTransform, layout: Layout) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout = layout
+        self.stock_attention: str = self.causal_lm.config._attn_implementation
+        ScoringHead.adopt(self.head, transform)
+        self.use_layout(layout)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, without PEFT's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        return self.causal_lm.get_output_embeddings()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether only adapters are trained."""
+        return isinstance(self.model, PeftModel)
+
+    def use_layout(self, layout: Layout) -> None:
+        """Set up attention for a layout: ours for packed rows, the model's own for padded ones."""
+        self.layout = layout
+        if layout == "packed":
+            attention.register()
+        self.causal_lm.set_attn_implementation(attention.DOCUMENTS if layout == "packed" else self.stock_attention)
+
+    @contextmanager
+    def _stock(self) -> Iterator[None]:
+        self.causal_lm.set_attn_implementation(self.stock_attention)
+        yield
+        self.use_layout(self.layout)
+
+    def adapter_off(self) -> Any:
+        """A context in which the adapters do nothing: the model before training."""
+        assert isinstance(self.model, PeftModel)
+        return self.model.disable_adapter()
+
+    def forward(
+        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Score the responses of a batch.
+
+        Args:
+            batch: in this policy's layout.
+            statistic: a head statistic to sum over each response as well.
+            own_logits: take the model's own logits of each sequence by itself instead (the start-up check).
+
+        Returns:
+            logps_S: (S,) summed log-probs of the responses, fp32. statistic_S: (S,) or None.
+        """
+        if own_logits:
+            with self._stock():
+                return self._score_by_own_logits(batch), None
+        hidden_RTH = self._hidden(batch)
+        scored_NH = hidden_RTH.flatten(0, 1)[batch.score_positions_N]
+        token_logps_N, statistic_N = self.head(scored_NH, labels_N=batch.labels_N, statistic=statistic)
+        num_sequences = 2 * batch.num_pairs
+        logps_S = sum_by_sequence(token_logps_N, batch.sequence_of_N, num_sequences)
+        if statistic_N is None:
+            return logps_S, None
+        return logps_S, sum_by_sequence(statistic_N, batch.sequence_of_N, num_sequences)
+
+    def _hidden(self, batch: PairBatch) -> Tensor:
+        """(R, T, H) final hidden states."""
+        if batch.layout == "packed":
+            documents = attention.Documents.of(batch.sequence_lengths, batch.input_ids_RT.device)
+            inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
+        else:
+            inputs = {"attention_mask": batch.attention_mask_RT}
+        return self.causal_lm.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+
+    def _score_by_own_logits(self, batch: PairBatch) -> Tensor:
+        """(S,) log-probs from the model's own logits, one unpadded sequence at a time."""
+        width = batch.input_ids_RT.shape[1]
+        flat_ids = batch.input_ids_RT.flatten()
+        offset, logps = 0, []
+        for sequence, length in enumerate(batch.sequence_lengths):
+            start = offset if batch.layout == "packed" else sequence * width
+            offset += length
+            mine_N = batch.sequence_of_N == sequence
+            logits_TV = self.model(input_ids=flat_ids[None, start : start + length], use_cache=False).logits[0]
+            log_softmax_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
+            positions = batch.score_positions_N[mine_N] - start
+            logps.append(log_softmax_TV[positions, batch.labels_N[mine_N]].sum())
+        return torch.stack(logps)
+
+
+def trainable_share(module: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, counted at their full shapes."""
+    sizes = [(full_shape(parameter).numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter before any sharding (ZeRO-3 leaves an empty tensor that knows its `ds_shape`)."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape  # type: ignore[return-value]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without grad and with LoRA dropout off, then back to training."""
+    module.eval()
+    with torch.no_grad():
+        yield
+    module.train()
+
+
+def trained_policy(
+    source: Pretrained, config: Config, layout: Layout, dtype: torch.dtype, *, empty: bool = False
+) -> Policy:
+    """The policy before training: base weights in `dtype`, fp32 LoRA adapters where `lora.r` > 0.
+
+    With `empty` all of it is on the meta device, to be sharded before it is filled.
+    """
+    model: PreTrainedModel | PeftModel = source.empty(dtype) if empty else source.load(dtype)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora.r:
+        with torch.device("meta") if empty else nullcontext():
+            model = add_lora(model, config.lora, config.train.seed)
+    return Policy(model, source.logit_transform, layout).train()
+
+
+def frozen_policy(source: Pretrained, layout: Layout, dtype: torch.dtype, *, empty: bool = False) -> Policy:
+    """A model that only scores: every weight frozen and in `dtype`."""
+    model = source.empty(dtype) if empty else source.load(dtype)
+    return Policy(model, source.logit_transform, layout).requires_grad_(False).eval()

@@ -1,0 +1,50 @@
+"""The frozen reference: log-probs of the model before training.
+
+One method, `logps(batch)`, two sources: the policy with its adapter off (LoRA: same weights, no second copy), or a
+frozen copy held like the policy. Both start from `model.path` (or `reference.path`), never from a checkpoint, so that a
+resumed run still scores with the original weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data_utils.schema import PairBatch
+from dpo.config import Config
+from dpo.engine import Engine, Scorer
+from dpo.policy import Pretrained
+
+
+class Reference:
+    """Scores batches with the model before training."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+
+    def logps(self, batch: PairBatch) -> Tensor:
+        """(S,) summed log-probs of the responses under the reference, without grad."""
+        return self._scorer(batch)
+
+
+def build_reference(config: Config, source: Pretrained, engine: Engine) -> Reference:
+    """The reference that the config asks for.
+
+    Raises:
+        ValueError: `reference.path` is no model.
+    """
+    if config.reference_source == "adapter_off":
+        return Reference(_adapter_off(engine))
+    if config.reference.path is not None:
+        source = Pretrained.open(config.reference.path, config.model.attn_implementation, config.model.trust_remote_code)
+    return Reference(engine.frozen_scorer(source, config.reference.offload))
+
+
+def _adapter_off(engine: Engine) -> Scorer:
+    @torch.no_grad()
+    def score(batch: PairBatch) -> Tensor:
+        with engine.policy.adapter_off():
+            logps_S, _ = engine.forward(batch)
+        return logps_S
+
+    return score

@@ -1,0 +1,370 @@
+"""One run, built and kept: its parts, and what happens between steps (log, evaluate, save, resume, finish)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data_utils.loader import StepLoader
+from data_utils.order import Order
+from data_utils.schema import Layout, PairBatch
+from data_utils.shards import ShardSet, SourceSpec
+from data_utils.tokenize import PairTokenizer
+from dpo import checkpoint
+from dpo.checkpoint import TrainerState
+from dpo.config import Config, ConfigError, DataSource
+from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
+from dpo.evaluate import Evaluator
+from dpo.export import export
+from dpo.gates import require_scoring, require_step0, scoring_gap, step0_gap
+from dpo.loss import PairLogps
+from dpo.metrics import Tally, Throughput, flops_per_token, means, peak_flops
+from dpo.objective import Objective
+from dpo.plan import Plan, learning_rate, make_plan
+from dpo.policy import Pretrained, add_lora, can_pack, trainable_share
+from dpo.reference import Reference, build_reference
+from dpo.runlog import RunLog
+from dpo.signals import StopRequest
+from dpo.steps import AgreedStep, agree
+from dpo.terminal import Terminal, count, duration
+from dpo.world import World
+
+
+@dataclass
+class Totals:
+    """What has happened since the start of the run, over all of its processes."""
+
+    pairs_seen: int = 0
+    rows_skipped: int = 0
+    steps_skipped: int = 0
+    seconds: float = 0.0
+    eval_before: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """The parts of a run, and its bookkeeping."""
+
+    def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest) -> None:
+        self.config, self.world, self.log, self.stop = config, world, log, stop
+        self.terminal = Terminal(world.is_main)
+        self.shards = _open_shards(config.data.train, config, world)
+        self.plan = make_plan(config, world.size, len(self.shards))
+        self.order = Order(len(self.shards), config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
+        self.source = Pretrained.open(
+            config.model.path, config.model.attn_implementation, config.model.trust_remote_code
+        )
+        self.tokenizer = _open_tokenizer(config)
+        self.layout = choose_layout(config, self.source)
+        self.dtype = compute_dtype(config.model.dtype, world.device)
+        held_out = _open_shards(config.data.eval, config, world) if config.data.eval else None
+        log.open(world)
+        log.status("running", 0)
+        self.objective = Objective(config.loss)
+        self.engine: Engine = build_engine(Build(config, self.plan, world, self.source, self.layout, self.dtype))
+        self._check_scoring()
+        self.reference: Reference = build_reference(config, self.source, self.engine)
+        self.loader = self._loader(self.shards, self.order)
+        self.evaluator = None if held_out is None else self._evaluator(held_out)
+        trainable, parameters = trainable_share(self.engine.policy)
+        self.tally = Tally(world)
+        self.throughput = Throughput(
+            world, flops_per_token(trainable, parameters), peak_flops(world.device, self.dtype)
+        )
+        self.totals = Totals()
+        self._steps_skipped = torch.zeros((), device=world.device)
+        self._parameters = trainable, parameters
+
+    # ---- building
+
+    def _check_scoring(self) -> None:
+        """Hold our scoring against the model's own logits; `auto` falls back to padded rows when packing is wrong."""
+        vocabulary = self.source.text_config.vocab_size
+        gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
+        try:
+            require_scoring(gap, self.dtype, self.config.model.path, self.layout)
+        except ConfigError as error:
+            if self.layout == "padded" or self.config.batch.layout != "auto":
+                raise
+            self.terminal.say(f"layout     padded: {error}")
+            self.layout: Layout = "padded"
+            self.engine.policy.use_layout("padded")
+            gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
+            require_scoring(gap, self.dtype, self.config.model.path, self.layout)
+
+    def _worst(self, gap: float) -> float:
+        return max(self.world.gather_objects(gap))
+
+    @property
+    def _filler_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
+        positions = self.source.max_positions
+        max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
+        return StepLoader(
+            shards,
+            PairTokenizer(self.tokenizer, max_length),
+            order,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            layout=self.layout,
+            tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch,
+            pad_token_id=self._filler_id,
+            on_bad_row=self.config.data.on_bad_row,
+            max_bad_fraction=self.config.data.max_bad_fraction,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _evaluator(self, shards: ShardSet) -> Evaluator:
+        """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
+        loader = self._loader(shards, Order(len(shards), len(shards), self.config.train.seed, shuffle=False))
+        (step,) = self._agreed(loader, 0, 1)
+        return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
+
+    def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
+        return agree(loader.steps(first, last), self.world, self.stop, self.layout, self._filler_id)
+
+    # ---- starting
+
+    def resume(self) -> int:
+        """Load the checkpoint that there is to resume; returns the number of the first step to take.
+
+        Raises:
+            ConfigError: the data are not those of the checkpoint.
+            CheckpointError: it cannot be used.
+        """
+        if self.config.checkpoint.resume == "never":
+            return 0
+        found = checkpoint.find(self._checkpoints, self.config.checkpoint.resume, self.world)
+        if found is None:
+            return 0
+        path, state = found
+        checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained)
+        if state.data != self.shards.fingerprint and "data.train" not in self.config.checkpoint.allow_changes:
+            raise ConfigError(
+                f"data.train: the shards are not those of {path}: restore them, or set --checkpoint.allow_changes data.train"
+            )
+        checkpoint.restore(path, self.engine, self.world)
+        self.log.rewind(state.step)
+        if self.world.is_main:
+            self.tally.add_sums(state.sums, state.num_pairs)
+        self._steps_skipped += state.steps_skipped
+        self.totals = Totals(
+            state.pairs_seen, state.rows_skipped, state.steps_skipped, state.seconds, dict(state.eval_before)
+        )
+        self.terminal.say(f"resume     {path.name}")
+        return state.step
+
+    def steps(self, first: int) -> Iterator[AgreedStep]:
+        """The steps from `first` to the end of the plan; before the very first one, policy and reference must agree."""
+        self._say_hello(first)
+        if first == 0:
+            self._check_step0()
+            self.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}
+        self.terminal.start(first, self.plan.num_steps)
+        self.throughput.clear()
+        self._since = time.perf_counter()
+        return self._agreed(self.loader, first, self.plan.num_steps)
+
+    def _check_step0(self) -> None:
+        """Hold policy against reference on this rank's first pairs, and name columns that the loss will not read."""
+        (step,) = self._agreed(self.loader, 0, 1)
+        unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
+        if names := sorted(set().union(*self.world.gather_objects(unread))):
+            self.terminal.say(f"warning: the rows' {', '.join(names)} are not read by loss.type={self.config.loss.type[0]}")
+        if self.config.reference.path is None:
+            batch = step.micro_batches[0].to(self.world.device)
+            gap = self._worst(step0_gap(self.engine, self.reference, batch))
+            require_step0(gap, self.dtype)
+
+    def _say_hello(self, first: int) -> None:
+        trainable, parameters = self._parameters
+        plan, batch = self.plan, self.config.batch
+        self.terminal.facts(
+            {
+                "model": f"{self.config.model.path} ({count(parameters)} parameters, {self.dtype})".replace("torch.", ""),
+                "trains": f"{count(trainable)} ({trainable / parameters:.2%}), {self._trained}",
+                "reference": self.config.reference_source + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
+                "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
+                "layout": self.layout,
+                "pairs": f"{plan.num_rows} for training",
+                "steps": f"{plan.num_steps} of {batch.pairs_per_step} pairs" + (f", from {first}" if first else ""),
+                "run": str(self.log.directory),
+            }
+        )
+
+    # ---- between steps
+
+    def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
+        """Note a micro-batch."""
+        self.tally.add(batch, pairs, loss_B)
+        self.throughput.add(batch)
+
+    def after(self, step: AgreedStep, result: StepResult) -> None:
+        """Note a step; log, evaluate and save when it is time."""
+        done = step.number + 1
+        self.stop.count_step()
+        self.totals.pairs_seen += step.num_pairs
+        self.totals.rows_skipped += step.num_skipped
+        self.throughput.waited_s += step.waited_s
+        self._steps_skipped += result.skipped
+        self.terminal.advance(done)
+        if done % self.config.log.every_steps == 0 or done == self.plan.num_steps:
+            self._write_metrics(done, result)
+        is_last = done == self.plan.num_steps
+        if _due(done, self.config.eval.every_steps) and not is_last:
+            self.evaluate(done)
+        if _due(done, self.config.checkpoint.every_steps) and not is_last:
+            self.save(done)
+
+    def _write_metrics(self, done: int, result: StepResult) -> None:
+        sums, num_pairs, extras = self.tally.reduce(self.throughput.extras())
+        grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
+        rate = learning_rate(done - 1, self.plan, self.config.optim)
+        row = {"step": done, "epoch": done / self.plan.steps_per_epoch}
+        metrics = means(sums, num_pairs)
+        row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
+        row |= {"pairs_seen": self.totals.pairs_seen, **self.throughput.metrics(extras, num_pairs)}
+        row |= {"skipped_steps": round(skipped), "skipped_rows": self.totals.rows_skipped}
+        self.log.metrics(row)
+        self.log.status("running", done)
+        self.terminal.log(row, self.plan.num_steps, self.config.batch.pairs_per_step)
+        if skipped > self.totals.steps_skipped:
+            self.terminal.say(f"warning: gradient norm was not finite; {round(skipped)} steps skipped so far")
+        self.totals.steps_skipped = round(skipped)
+        self.tally.clear()
+        self.throughput.clear()
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Evaluate the held-out set, where there is one, and log it."""
+        if self.evaluator is None:
+            return {}
+        result = self.evaluator.run()
+        self.log.metrics({"step": done, "epoch": done / self.plan.steps_per_epoch, **result})
+        return result
+
+    # ---- saving and ending
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.log.directory / "checkpoints"
+
+    @property
+    def _trained(self) -> str:
+        return "lora" if self.config.lora.r else "full"
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` steps."""
+        sums, num_pairs, _ = self.tally.reduce()
+        state = TrainerState(
+            step=done,
+            cursor=self.order.cursor(done),
+            engine=self.plan.engine,
+            world_size=self.world.size,
+            trained=self._trained,
+            data=self.shards.fingerprint,
+            sums=sums,
+            num_pairs=num_pairs,
+            pairs_seen=self.totals.pairs_seen,
+            rows_skipped=self.totals.rows_skipped,
+            steps_skipped=round(self._steps_skipped.item()),
+            seconds=self._seconds(),
+            eval_before=self.totals.eval_before,
+        )
+        checkpoint.save(self._checkpoints, state, self.engine, self.world, self.config.checkpoint.keep)
+
+    def _seconds(self) -> float:
+        return self.totals.seconds + time.perf_counter() - self._since
+
+    def stopped(self, done: int) -> None:
+        """Save and leave, to be resumed by the same command."""
+        self.terminal.stop()
+        self.save(done)
+        reasons = self.world.gather_objects(self.stop.reason if self.stop.is_requested else None)
+        reason = next(reason for reason in reasons if reason is not None)
+        self.log.status("stopped", done, 75, reason)
+        self.log.close()
+        self.terminal.say(f"stopped at step {done} of {self.plan.num_steps} ({reason}); the same command resumes")
+
+    def finish(self) -> None:
+        """Evaluate, export, and say how it went."""
+        steps, seconds = self.plan.num_steps, self._seconds()
+        self.terminal.stop()
+        after = self.evaluate(steps)
+        final = export(self.log.directory / "final", self.engine, self.source, self.tokenizer, self.config, self.dtype, self.world)
+        self.log.summary(
+            {
+                **_before_after("loss", "eval_loss", self.totals.eval_before, after),
+                **_before_after("accuracy", "eval_rewards/accuracies", self.totals.eval_before, after),
+                **_before_after("margin", "eval_rewards/margins", self.totals.eval_before, after),
+                "steps": steps,
+                "pairs": self.totals.pairs_seen,
+                "seconds": seconds,
+            }
+        )
+        self.log.status("finished", steps, 0)
+        self.log.close()
+        if after:
+            self.terminal.before_after(self.totals.eval_before, after)
+        self.terminal.say(f"{steps} steps, {self.totals.pairs_seen} pairs in {duration(seconds)}; model in {final}")
+
+
+def _before_after(name: str, key: str, before: dict[str, float], after: dict[str, float]) -> dict[str, float | None]:
+    return {f"eval_{name}_before": before.get(key), f"eval_{name}_after": after.get(key)}
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _open_shards(sources: tuple[str | DataSource, ...], config: Config, world: World) -> ShardSet:
+    """The shards of a source list; with on_bad_row=error every row is parsed now, each rank taking its share.
+
+    Raises:
+        DataError: a file is missing or a row cannot be used, on every rank alike.
+    """
+    specs = [entry if isinstance(entry, str) else SourceSpec(entry.path, entry.name) for entry in sources]
+    shards = world.together(lambda: ShardSet.open(specs))
+
+    def check() -> None:
+        for problem in shards.check(range(world.rank, len(shards), world.size)):
+            raise problem
+
+    if config.data.on_bad_row == "error":
+        world.together(check)
+    return shards
+
+
+def _open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        message = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
+
+
+def choose_layout(config: Config, source: Pretrained) -> Layout:
+    """`batch.layout`, with auto decided by the model; also refuses LoRA targets and heads before weights are read.
+
+    Raises:
+        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing.
+    """
+    empty = source.empty(torch.float32)
+    packs = can_pack(empty)
+    if config.batch.layout == "packed" and not packs:
+        raise ConfigError(
+            f"batch.layout=packed: layers of {config.model.path} would carry state across documents: set --batch.layout padded"
+        )
+    layout: Layout = "packed" if packs and config.model.attn_implementation is None else "padded"
+    layout = layout if config.batch.layout == "auto" else config.batch.layout
+    if config.lora.r:
+        with torch.device("meta"):
+            add_lora(empty, config.lora, config.train.seed)
+    return layout

@@ -1,0 +1,168 @@
+"""The run directory: what a run leaves behind for people and programs. Only rank 0 writes, except to `logs/`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
+from dpo.world import World
+
+State = Literal["running", "finished", "stopped", "failed"]
+_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "datasets", "bitsandbytes")
+
+
+class RunLog:
+    """Files of one run directory.
+
+    Attributes:
+        directory: `run.dir`.
+        attempt: 1 for the first process that trains into this directory, one more for each that resumes.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.directory = Path(config.run.dir)
+        self.is_main = world.is_main
+        self._rank = world.rank
+        self._config = config
+        self._trackers: list[Any] = []
+        self.attempt = int(self.read_status().get("attempt", 0)) + 1
+
+    def read_status(self) -> dict[str, Any]:
+        """`status.json`, or nothing in a new run directory."""
+        return _read_json(self.directory / "status.json")
+
+    def check_same_run(self) -> None:
+        """Refuse a directory that holds a run of another config.
+
+        Raises:
+            ConfigError: names the keys that differ.
+        """
+        saved = self.directory / "config.yaml"
+        if not saved.is_file():
+            return
+        differences = changed_keys(load_record(str(saved)), self._config)
+        if differences:
+            listed = ", ".join(f"{key}: {old} there, {new} now" for key, old, new in differences)
+            keys = " ".join(key for key, _, _ in differences)
+            raise ConfigError(
+                f"run.dir={self.directory} holds a run of another config ({listed}):"
+                f" give another --run.dir, or --checkpoint.allow_changes {keys}"
+            )
+
+    def open(self, world: World) -> None:
+        """Create the directory, write config.yaml, start the per-rank log and the trackers."""
+        (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.directory / "logs" / f"rank-{self._rank:05d}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        logging.captureWarnings(True)
+        if not self.is_main:
+            return
+        record = {"versions": _versions(), "git_commit": _git_commit(), "world_size": world.size, "device": str(world.device)}
+        _write_atomically(self.directory / "config.yaml", to_yaml(self._config, record))
+        self._trackers = _open_trackers(self._config, self.directory)
+
+    def status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> None:
+        """Write status.json."""
+        if self.is_main:
+            status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason, "attempt": self.attempt}
+            _write_atomically(self.directory / "status.json", json.dumps(status) + "\n")
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Append a row to metrics.jsonl and send it to the trackers."""
+        if self.is_main:
+            with (self.directory / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            for tracker in self._trackers:
+                tracker.log(row)
+
+    def rewind(self, step: int) -> None:
+        """Drop rows of metrics.jsonl after `step`: a resumed run writes them again."""
+        path = self.directory / "metrics.jsonl"
+        if self.is_main and path.is_file():
+            rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            _write_atomically(path, "".join(row + "\n" for row in rows))
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        if self.is_main:
+            _write_atomically(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Flush the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class TensorBoard:
+    """Metrics as TensorBoard scalars, under the same names."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One scalar per number of the row."""
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Metrics in W&B; WANDB_MODE=offline keeps them on disk. A resumed run goes on under the same id."""
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        import wandb
+
+        identifier = directory / "wandb_id"
+        if not identifier.is_file():
+            identifier.write_text(wandb.util.generate_id())
+        self._run = wandb.init(
+            project=config.log.wandb_project or "dpo", id=identifier.read_text(), resume="allow", dir=str(directory)
+        )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One point per number of the row."""
+        self._run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+
+    def close(self) -> None:
+        """Flush."""
+        self._run.finish()
+
+
+def _open_trackers(config: Config, directory: Path) -> list[Any]:
+    trackers: list[Any] = [TensorBoard(directory)] if config.log.tensorboard else []
+    return trackers + ([WeightsAndBiases(config, directory)] if config.log.wandb else [])
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

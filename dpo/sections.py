@@ -1,0 +1,401 @@
+"""The sections of the config: frozen dataclasses whose field docstrings become `--help`.
+
+Each section refuses what cannot work, or what would be ignored, in `__post_init__`; `Config` checks across sections.
+Imports nothing but the standard library, so that `--help` and every check answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Literal
+
+SHIPPED_DS_CONFIGS = "ds_configs/zero1.json, zero2.json or zero3.json"
+
+
+class ConfigError(ValueError):
+    """The config cannot be used; the message is one line: which key, what is wrong, what to set."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One entry of `data.train` or `data.eval` written as a YAML mapping."""
+
+    path: str
+    """A file, a glob or a folder."""
+    name: str = ""
+    """The source's name in metrics and in the ledger; empty: the file's own name."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The model to align."""
+
+    path: str
+    """Folder or hub name of a causal language model with its tokenizer."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of compute; auto: bfloat16 on a GPU, float32 on the CPU. What is trained is kept in float32."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name (eager, sdpa, flash_attention_2, ...); none: the model's own choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        _require(self.path != "", "model.path is empty: give a folder or a hub name with --model.path")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Preference shards."""
+
+    train: tuple[str | DataSource, ...]
+    """Training shards: .jsonl, .jsonl.gz or .parquet files, globs or folders (in YAML also path/name mappings)."""
+    eval: tuple[str | DataSource, ...] = ()
+    """Held-out shards, scored before, during and after training."""
+    max_length: int = 1024
+    """Longest sequence in tokens, prompt and response together; longer pairs are truncated."""
+    shuffle: bool = True
+    """Train in an order drawn from train.seed; false: in the order of the files."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be used: stop, or skip and count it."""
+    max_bad_fraction: float = 0.01
+    """With on_bad_row=skip: stop when more than this fraction of the rows was skipped."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.train) > 0, "data.train is empty: name at least one file, glob or folder with --data.train")
+        paths = [entry if isinstance(entry, str) else entry.path for entry in self.train + self.eval]
+        _require("" not in paths, "data.train and data.eval must not hold an empty path: drop it")
+        _at_least("data.max_length", self.max_length, 2)
+        _in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
+        if self.on_bad_row == "error":
+            _unchanged(self, "data", ("max_bad_fraction",), "data.on_bad_row=error", "--data.on_bad_row skip")
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """The preference loss."""
+
+    type: tuple[Literal["sigmoid"], ...] = ("sigmoid",)
+    """sigmoid: DPO (arXiv 2305.18290, Eq. 7)."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference, in 1 / nats; a `beta` column of a row takes precedence."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is flipped, in [0, 0.5); above 0: conservative DPO (cDPO)."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.type) == 1, "loss.type takes one loss in this version: set --loss.type sigmoid")
+        _positive("loss.beta", self.beta)
+        _in_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """Low-rank adapters; the base weights stay frozen and serve as the reference."""
+
+    r: int = 0
+    """Rank; 0: full fine-tuning."""
+    alpha: int | None = None
+    """Numerator of the adapter's scale alpha / r; none: twice the rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get an adapter, or all-linear: every linear layer but the LM head."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 0)
+        if self.r == 0:
+            names = ("alpha", "dropout", "target_modules", "use_dora", "use_rslora")
+            _unchanged(self, "lora", names, "lora.r=0 (full fine-tuning)", "--lora.r 16")
+            return
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2 * self.r)
+        _at_least("lora.alpha", self.alpha, 1)
+        _in_range("lora.dropout", self.dropout, 0, 1)
+        _require(len(self.target_modules) > 0, "lora.target_modules is empty: name layers, or set it to all-linear")
+        alone = "all-linear" not in self.target_modules or len(self.target_modules) == 1
+        _require(alone, "lora.target_modules: all-linear covers every linear layer, so drop the other names")
+
+
+@dataclass(frozen=True)
+class ReferenceSection:
+    """What the policy is held against: the model before training."""
+
+    mode: Literal["auto", "adapter_off", "frozen_copy"] = "auto"
+    """adapter_off: the policy without its LoRA adapter; frozen_copy: a second model; auto: the first one possible."""
+    path: str | None = None
+    """Another model as the reference; none: the starting weights."""
+    offload: bool = False
+    """Keep the frozen copy's weights on the CPU between its forward passes."""
+
+    def __post_init__(self) -> None:
+        if self.mode == "adapter_off":
+            names, remedy = ("path", "offload"), "--reference.mode frozen_copy"
+            _unchanged(self, "reference", names, "reference.mode=adapter_off", remedy)
+
+
+@dataclass(frozen=True)
+class BatchSection:
+    """Size and shape of a step."""
+
+    pairs_per_step: int = 64
+    """Pairs of one optimizer step over all ranks and micro-batches."""
+    tokens_per_micro_batch: int = 8192
+    """Tokens that one rank computes at a time; a pair that is larger is a micro-batch of its own."""
+    layout: Literal["auto", "padded", "packed"] = "auto"
+    """padded: a row per sequence; packed: one row without padding; auto: the best that the model allows."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch.pairs_per_step", self.pairs_per_step, 1)
+        _at_least("batch.tokens_per_micro_batch", self.tokens_per_micro_batch, 1)
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How many processes share the work."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU per process where there is one, else the CPU."""
+    engine: Literal["auto", "single", "fsdp2", "deepspeed"] = "auto"
+    """auto: single for one process, fsdp2 for more."""
+    ds_config: str | None = None
+    """DeepSpeed JSON with ZeRO settings only, such as ds_configs/zero2.json."""
+    shard_size: int | None = None
+    """Ranks that share one sharded copy of the weights under fsdp2: 1: every rank holds all; none: all ranks."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "deepspeed":
+            _require(
+                self.ds_config is not None,
+                f"parallel.engine=deepspeed needs --parallel.ds_config: {SHIPPED_DS_CONFIGS}",
+            )
+        else:
+            _unchanged(
+                self, "parallel", ("ds_config",), f"parallel.engine={self.engine}", "--parallel.engine deepspeed"
+            )
+        if self.engine not in ("auto", "fsdp2"):
+            _unchanged(self, "parallel", ("shard_size",), f"parallel.engine={self.engine}", "--parallel.engine fsdp2")
+        if self.shard_size is not None:
+            _at_least("parallel.shard_size", self.shard_size, 1)
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """Optimizer and learning rate."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW with decoupled weight decay."""
+    learning_rate: float | None = None
+    """Peak learning rate; none: 1e-6, with LoRA 1e-5."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up: linear or cosine decay to 0 at the end of training, or constant."""
+    warmup_ratio: float = 0.1
+    """Fraction of the steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0: no clipping."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None:
+            _positive("optim.learning_rate", self.learning_rate)
+        _in_range("optim.warmup_ratio", self.warmup_ratio, 0, 1)
+        _at_least("optim.weight_decay", self.weight_decay, 0)
+        _at_least("optim.max_grad_norm", self.max_grad_norm, 0)
+        _in_range("optim.adam_beta1", self.adam_beta1, 0, 1)
+        _in_range("optim.adam_beta2", self.adam_beta2, 0, 1)
+        _positive("optim.adam_epsilon", self.adam_epsilon)
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """Length and means of training."""
+
+    epochs: int = 1
+    """Passes over the training pairs."""
+    max_steps: int | None = None
+    """End training after this many steps at the latest; the learning rate decays over them."""
+    stop_after_steps: int | None = None
+    """Stop this process after so many steps with a checkpoint and exit code 75, to be resumed."""
+    seed: int = 42
+    """Seed of data order, adapter initialization and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU where there is one, else the CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        _at_least("train.epochs", self.epochs, 1)
+        if self.max_steps is not None:
+            _at_least("train.max_steps", self.max_steps, 1)
+        if self.stop_after_steps is not None:
+            _at_least("train.stop_after_steps", self.stop_after_steps, 1)
+        _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), not {self.seed}")
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """Saving and resuming."""
+
+    every_steps: int | None = None
+    """Save every so many steps; none: only when stopped on request and at the end."""
+    keep: int = 2
+    """Checkpoints to keep, newest first."""
+    resume: str = "auto"
+    """auto: go on from run.dir's newest sound checkpoint; never: refuse where there is one; or a checkpoint's path."""
+    trust: bool = False
+    """Load a checkpoint although its owner, permissions or hashes are not those that this run wrote."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys, such as optim.learning_rate, that may differ from the run directory's config on resume."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None:
+            _at_least("checkpoint.every_steps", self.every_steps, 1)
+        _at_least("checkpoint.keep", self.keep, 1)
+        _require(self.resume != "", "checkpoint.resume is empty: set auto, never or the path of a checkpoint")
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """Metrics and trackers."""
+
+    every_steps: int = 10
+    """Write metrics every so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    wandb: bool = False
+    """Log to Weights & Biases (offline with WANDB_MODE=offline); needs the wandb package."""
+    wandb_project: str | None = None
+    """Weights & Biases project."""
+
+    def __post_init__(self) -> None:
+        _at_least("log.every_steps", self.every_steps, 1)
+        if not self.wandb:
+            _unchanged(self, "log", ("wandb_project",), "log.wandb=false", "--log.wandb true")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Evaluation on data.eval: always over the whole set, always at the end."""
+
+    every_steps: int | None = None
+    """Evaluate every so many steps; none: only before and after training."""
+    before: bool = True
+    """Evaluate before the first step."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None:
+            _at_least("eval.every_steps", self.every_steps, 1)
+
+
+@dataclass(frozen=True)
+class ExportSection:
+    """The final model."""
+
+    merge_lora: bool = False
+    """Export the base model with the adapter merged into it; false: the adapter alone."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where results go."""
+
+    dir: str
+    """Run directory: config, status, metrics, checkpoints and the final model."""
+
+    def __post_init__(self) -> None:
+        _require(self.dir != "", "run.dir is empty: name the directory for the results with --run.dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Align a causal language model to preferences with DPO."""
+
+    model: ModelSection
+    data: DataSection
+    loss: LossSection = field(default_factory=LossSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    reference: ReferenceSection = field(default_factory=ReferenceSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    export: ExportSection = field(default_factory=ExportSection)
+    run: RunSection
+
+    def __post_init__(self) -> None:
+        if self.optim.learning_rate is None:
+            default = 1e-5 if self.lora.r else 1e-6
+            object.__setattr__(self, "optim", replace(self.optim, learning_rate=default))
+        if self.eval.every_steps is not None:
+            _require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
+        if self.export.merge_lora:
+            _require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
+        if self.batch.layout == "packed" and self.model.attn_implementation is not None:
+            remedy = "drop model.attn_implementation, or set --batch.layout padded"
+            raise ConfigError(f"batch.layout=packed brings its own attention: {remedy}")
+        self._check_reference()
+        known = [
+            f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))
+        ]
+        for key in self.checkpoint.allow_changes:
+            if key not in known:
+                raise ConfigError(f"checkpoint.allow_changes: {unknown_name('key', key, known)}")
+
+    def _check_reference(self) -> None:
+        if self.reference.mode == "adapter_off":
+            remedy = "set --lora.r 16, or --reference.mode frozen_copy"
+            _require(self.lora.r > 0, f"reference.mode=adapter_off needs an adapter, but lora.r=0: {remedy}")
+        if self.reference.offload and self.reference_source == "adapter_off":
+            remedy = "set --reference.mode frozen_copy, or drop it"
+            raise ConfigError(f"reference.offload does nothing when the adapter is switched off: {remedy}")
+
+    @property
+    def reference_source(self) -> Literal["adapter_off", "frozen_copy"]:
+        """`reference.mode` with `auto` decided: adapter off for LoRA without a model of its own, else a frozen copy."""
+        if self.reference.mode != "auto":
+            return self.reference.mode
+        return "adapter_off" if self.lora.r > 0 and self.reference.path is None else "frozen_copy"
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """ "unknown key 'optim.lr': did you mean 'optim.learning_rate'?", or where to look when no name is near."""
+    near = get_close_matches(name, known, n=1)
+    listed = f"known: {', '.join(known)}" if len(known) < 20 else "--help lists the known ones"
+    return f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else listed)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _at_least(key: str, value: float | None, least: int) -> None:
+    _require(value is not None and value >= least, f"{key} must be at least {least}, not {value}: set --{key}")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(value > 0, f"{key} must be above 0, not {value}: set --{key}")
+
+
+def _in_range(key: str, value: float, low: float, high: float) -> None:
+    _require(low <= value < high, f"{key} must be in [{low}, {high}), not {value}: set --{key}")
+
+
+def _unchanged(section: object, prefix: str, names: tuple[str, ...], because: str, remedy: str) -> None:
+    """Refuse an option that would be ignored: a field that differs from its default."""
+    for spec in fields(section):  # type: ignore[arg-type]
+        if spec.name in names and getattr(section, spec.name) != spec.default:
+            raise ConfigError(f"{prefix}.{spec.name} does nothing with {because}: set {remedy}, or drop it")

@@ -1,0 +1,91 @@
+"""From a config to an exit code: joins the ranks, runs, and turns every end into one line and one number."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from data_utils.schema import DataError
+from dpo.config import Config, ConfigError
+from dpo.signals import StopRequest
+
+FINISHED, CONFIG, CHECKPOINT, PEER, STOPPED, UNEXPECTED = 0, 2, 3, 4, 75, 1
+_PEER_SIGNS = ("closed by peer", "Connection reset", "Read error", "Broken pipe", "NCCL", "Timed out waiting")
+
+logger = logging.getLogger("dpo")
+
+
+def session(config: Config, train: Callable) -> int:
+    """Run `train` on a freshly built `Run`; returns the exit code of DESIGN's contract."""
+    stop = StopRequest(config.train.stop_after_steps)
+    stop.listen()
+    _quiet()
+    from dpo.world import World
+
+    try:
+        world = World.start(config.parallel.device, sharded=config.parallel.engine in ("fsdp2", "deepspeed"))
+    except ConfigError as error:
+        return _end(CONFIG, str(error), 0)
+    from dpo.runlog import RunLog
+
+    log = RunLog(config, world)
+    code, reason = _run(config, world, log, stop, train)
+    if code not in (FINISHED, STOPPED):
+        if log.is_open:
+            log.status("failed", log.step, code, reason)
+        _end(code, reason, world.rank)
+    if code in (FINISHED, STOPPED, CONFIG, CHECKPOINT):
+        world.leave()
+    return code
+
+
+def _run(config: Config, world, log, stop: StopRequest, train: Callable) -> tuple[int, str]:
+    from dpo.checkpoint import CheckpointError
+
+    try:
+        return _attempt(config, world, log, stop, train), ""
+    except (ConfigError, DataError) as error:
+        return _note(CONFIG, error)
+    except CheckpointError as error:
+        return _note(CHECKPOINT, error)
+    except Exception as error:
+        if any(sign in str(error) for sign in _PEER_SIGNS):
+            return _note(PEER, error)
+        traceback.print_exc()
+        return _note(UNEXPECTED, error)
+
+
+def _attempt(config: Config, world, log, stop: StopRequest, train: Callable) -> int:
+    from dpo.run import Run
+
+    status = log.read_status()
+    log.check_same_run()
+    if status.get("state") == "finished":
+        if world.is_main:
+            print(f"{log.directory}: this run is finished (step {status['step']}); see summary.json and final/")
+        return FINISHED
+    if config.checkpoint.resume == "never" and status:
+        raise ConfigError(f"run.dir={log.directory} holds a run and checkpoint.resume=never: give another --run.dir")
+    return FINISHED if train(Run(config, world, log, stop)) else STOPPED
+
+
+def _note(code: int, error: Exception) -> tuple[int, str]:
+    logger.error("exit code %d", code, exc_info=error)
+    return code, f"{type(error).__name__}: {error}" if code == UNEXPECTED else str(error)
+
+
+def _end(code: int, reason: str, rank: int) -> int:
+    prefix = f"[rank {rank}] " if rank else ""
+    print(f"{prefix}error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _quiet() -> None:
+    """Keep libraries' chatter out of the terminal; warnings go to the rank's log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")

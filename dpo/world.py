@@ -1,0 +1,149 @@
+"""The ranks of a job: who we are, on which device, and the small facts that ranks agree on over the CPU.
+
+Counts, stop flags and errors travel over a gloo side group, so that the device queue is never drained for bookkeeping.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpo.sections import ConfigError
+
+Kind = Literal["auto", "cpu", "cuda"]
+Result = TypeVar("Result")
+
+
+class PeerError(RuntimeError):
+    """Another rank died, hung or left."""
+
+
+def environment_ranks(environ: dict[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun, deepspeed or SLURM's `srun` name them; (0, 1, 0) for none of these."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
+    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and "SLURM_STEP_ID" in environ:
+        return int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def choose_device(kind: Kind, local_rank: int) -> torch.device:
+    """The device of this rank: its GPU where there is one and `kind` allows it.
+
+    Raises:
+        ConfigError: a GPU was asked for and this rank has none.
+    """
+    num_gpus = torch.cuda.device_count()
+    if kind == "cuda" and num_gpus == 0:
+        raise ConfigError("parallel.device=cuda: this machine shows no GPU (nvidia-smi, CUDA_VISIBLE_DEVICES); use parallel.device=cpu")
+    if kind == "cpu" or num_gpus == 0:
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise ConfigError(f"local rank {local_rank} has no GPU: {num_gpus} visible; start at most {num_gpus} ranks per node")
+    return torch.device("cuda", local_rank)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the job's `size` processes."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    side_group: dist.ProcessGroup | None
+
+    @staticmethod
+    def start(kind: Kind = "auto", sharded: bool = False) -> World:
+        """Join the job that the environment describes.
+
+        Args:
+            kind: which device to take.
+            sharded: the engine needs a process group even for a single process.
+
+        Raises:
+            ConfigError: the device does not exist, or a rendezvous variable is missing.
+        """
+        rank, size, local_rank = environment_ranks(dict(os.environ))
+        device = choose_device(kind, local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if size == 1:
+            if sharded:
+                dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+            return World(rank, size, local_rank, device, None)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ConfigError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+        side_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        return World(rank, size, local_rank, device, side_group)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes what is written once."""
+        return self.rank == 0
+
+    def exchange(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's `values` (equally many on each), in the order of ranks: (size, len(values))."""
+        if self.size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64)
+        everyone = torch.empty(self.size, len(values), dtype=torch.int64)
+        dist.all_gather_into_tensor(everyone, mine, group=self.side_group)
+        return everyone.tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks (a small picklable; from our own processes only)."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.side_group)
+        return everyone
+
+    def sum_on_device(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor on this rank's device over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.side_group)
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run something that may refuse on some ranks only; then all refuse. No collectives inside `action`."""
+        try:
+            result, error = action(), None
+        except (ValueError, OSError) as refusal:
+            result, error = None, refusal
+        self.raise_together(error)
+        return result  # type: ignore[return-value]
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank when any of them failed: one's own error, else the first failed rank's message.
+
+        Ranks thus never wait in a collective for one that has already given up.
+
+        Raises:
+            ConfigError: some rank had an error.
+        """
+        messages = self.gather_objects(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for message in messages:
+            if message is not None:
+                raise ConfigError(message)
+
+    def leave(self) -> None:
+        """End membership in the job."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

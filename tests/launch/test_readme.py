@@ -1,7 +1,8 @@
 """Every command that README.md shows in a bash block is one that works.
 
-Launchers are run with DRY_RUN=1, and the training command they print, like one that README.md shows itself, is handed to
-train_dpo.py with --print-config: unknown flags, missing recipes and wrong values fail here. Modules are asked for --help.
+Launchers are run with DRY_RUN=1, and the training command they print, like one that README.md shows itself, is handed
+to train_dpo.py with --print-config: unknown flags, missing recipes and wrong values fail here. Modules are asked for
+--help.
 """
 
 from __future__ import annotations

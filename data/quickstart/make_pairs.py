@@ -302,7 +302,7 @@ def make_pairs(pieces: dict[str, list[Any]], rng: random.Random) -> list[Pair]:
 
 def main(argv: list[str]) -> None:
     folder = Path(argv[0]) if argv else HERE
-    rng = random.Random(SEED)  # noqa: S311 - not for secrets
+    rng = random.Random(SEED)
     sides = split(json.loads((HERE / "knowledge.json").read_text(encoding="utf-8")), rng)
     for side, name in enumerate(("train", "eval")):
         pairs = make_pairs({piece: both[side] for piece, both in sides.items()}, rng)

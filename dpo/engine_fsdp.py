@@ -113,6 +113,9 @@ class FSDP2Engine(TorchEngine):
     def load(self, directory: Path) -> None:
         """See `Engine`."""
         dcp.load(self.state_tensors(), checkpoint_id=directory / "training", process_group=self.world.side_group)
+        # The root keeps its gathered weights after a forward without backward; they are older than what was loaded.
+        assert isinstance(self.policy, FSDPModule)
+        self.policy.reshard()
 
     def export_weights(self) -> dict[str, Tensor]:
         """See `Engine`."""

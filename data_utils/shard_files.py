@@ -142,16 +142,17 @@ def parse_json(line: bytes | bytearray, where: str) -> object:
         return row
 
     try:
-        text = line.decode("utf-8")
+        text = line.decode()
         row = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_literal)
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair: JSON allows it, UTF-8 does not
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeError as error:
-        raise RowError(where, "invalid_utf8", f"not UTF-8 at {error.start} ({error.reason}); convert it") from error
+            json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        message = f"not UTF-8 at {error.start} ({error.reason}); convert the file"
+        raise RowError(where, "invalid_utf8", message) from error
     except RowError:
         raise
     except json.JSONDecodeError as error:
-        message = f"malformed JSON at column {error.colno} of {len(text)}: {error.msg}; fix or drop the line"
+        message = f"malformed JSON at column {error.colno} of {len(error.doc)}: {error.msg}; fix or drop the line"
         raise RowError(where, "malformed_json", message) from error
     except (ValueError, RecursionError) as error:
         raise RowError(where, "malformed_json", f"malformed JSON: {error}; fix or drop the line") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from data_utils.schema import DataError, Message, PreferencePair, RowError, TokenizedPair
@@ -52,7 +52,7 @@ class PairTokenizer:
         """
         as_strings = isinstance(pair.prompt, str)
         prompt, chosen, rejected = self._encode_strings(pair) if as_strings else self._encode_messages(pair)
-        shared = len(os.path.commonprefix([prompt, chosen, rejected]))
+        shared = _common_prefix_length(prompt, chosen, rejected)
         if not shared:
             raise RowError(pair.where, "empty_prompt", "no token before the response to predict it from; add a prompt")
         room = self._max_length - shared
@@ -146,3 +146,8 @@ class PairTokenizer:
         (plain,) = self._encode(["a"], as_text=False)
         starts = range(len(with_specials) - len(plain) + 1)
         return next(with_specials[:start] for start in starts if with_specials[start:][: len(plain)] == plain)
+
+
+def _common_prefix_length(*sequences: list[int]) -> int:
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ class FSDP2Engine(TorchEngine):
     def export_weights(self) -> dict[str, Tensor]:
         """See `Engine`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.policy.is_lora)
-        weights = get_model_state_dict(self.policy, options=options)
+        weights: dict[str, Any] = get_model_state_dict(self.policy, options=options)
         # Tied weights of a frozen model come along all the same.
         wanted = self.parameters.keys() if self.policy.is_lora else weights.keys()
         return {name.removeprefix("model."): weights[name] for name in weights if name in wanted}

@@ -159,7 +159,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.layout: Layout = layout
-        self.stock_attention: str = self.causal_lm.config._attn_implementation
+        self.stock_attention = self.causal_lm.config._attn_implementation or "eager"
         ScoringHead.adopt(self.head, transform)
         self.use_layout(layout)
 
@@ -171,7 +171,9 @@ class Policy(nn.Module):
     @property
     def head(self) -> nn.Module:
         """The output head."""
-        return self.causal_lm.get_output_embeddings()
+        head = self.causal_lm.get_output_embeddings()
+        assert head is not None
+        return head
 
     @property
     def is_lora(self) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+from random import Random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -57,3 +60,42 @@ def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str()
+
+
+def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = CHATML) -> Path:
+    """A random two-layer Llama with a tokenizer in `folder`, with logits far from uniform so that errors show."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = tiny_tokenizer(chat_template=chat_template)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
+    """A shard of plain-string pairs of very different lengths, none like another."""
+    random = Random(seed)
+    words = " ".join(TEXTS).split()
+
+    def text(least: int, most: int) -> str:
+        return " ".join(random.choice(words) for _ in range(random.randint(least, most)))
+
+    rows = [
+        {"prompt": f"{number} {text(1, 12)}", "chosen": f" {text(1, 6)}.", "rejected": f" {text(1, 9)}!"}
+        for number in range(num_pairs)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

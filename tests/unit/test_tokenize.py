@@ -77,7 +77,7 @@ def test_a_template_without_an_end_gets_eos_once() -> None:
 
 
 def test_a_template_that_drops_the_response_is_refused() -> None:
-    template = "{{ messages[0].content }}{% if add_generation_prompt %} The{% endif %}<|im_end|>"
+    template = "{{ messages[0].content }}<|im_end|>{% if add_generation_prompt %} The{% endif %}"
     assert cause_of(tiny_tokenizer(chat_template=template), [USER], [GOOD], [BAD]) == "empty_response"
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_utils.formats import KNOWN_COLUMNS, missing_columns
+from data_utils.formats import KNOWN_COLUMNS, list_keys, missing_columns
 from data_utils.schema import DataError, RowError
 
 MAX_LINE_BYTES = 64 << 20
@@ -137,8 +137,8 @@ def parse_json(line: bytes | bytearray, where: str) -> object:
         row = dict(items)
         if len(row) < len(items):
             keys = [key for key, _ in items]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise RowError(where, "duplicate_key", f"the key {', '.join(twice)} comes twice in one object; keep one")
+            twice = list_keys(sorted({key for key in keys if keys.count(key) > 1}))
+            raise RowError(where, "duplicate_key", f"more than one of the key {twice} in one object; keep one")
         return row
 
     try:
@@ -216,12 +216,14 @@ def _text_bytes(array: pa.Array) -> np.ndarray:
     if pa.types.is_dictionary(kind):
         return _text_bytes(array.dictionary_decode())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return (
+            pc.fill_null(pc.call_function("binary_length", [array]), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        )
     if pa.types.is_struct(kind):
         return sum((_text_bytes(field) for field in array.flatten()), np.zeros(len(array), np.int64))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner = np.concatenate([[0], np.cumsum(_text_bytes(array.flatten()))])
-        counts = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        counts = pc.fill_null(pc.call_function("list_value_length", [array]), 0).to_numpy(zero_copy_only=False)
         ends = np.cumsum(counts.astype(np.int64))
         return inner[ends] - inner[ends - counts.astype(np.int64)]
     return np.zeros(len(array), np.int64)

@@ -80,6 +80,8 @@ class World:
         device = choose_device(kind, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of DeepSpeed warns that it chose it
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1:
             if sharded:

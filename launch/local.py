@@ -4,11 +4,11 @@
 What torchrun does not do, and the trainer's contract needs:
 - SIGTERM, SIGINT and SIGUSR1 to the launcher reach every rank, at once; the ranks then have all the time they need.
 - When a rank dies, the others are gone within two seconds, and one line says which one died of what.
-- The exit code is the trainer's: 0 done, 2 config or data, 3 checkpoint, 4 a peer died or hung, 75 stopped on request.
+- The exit code is the trainer's: 0 done, 1 unexpected error, 2 config or data, 3 checkpoint, 4 a peer died or hung,
+  75 stopped on request.
 
 Rank 0 writes to the terminal. What the others write is kept back, and shown when one of them is the cause of a
-failure.
-Only the standard library is used. Linux, macOS.
+failure. Only the standard library is used. Linux, macOS.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import IO
 
-DONE, CONFIG, CHECKPOINT, PEER, STOPPED = 0, 2, 3, 4, 75
+DONE, UNEXPECTED, CONFIG, CHECKPOINT, PEER, STOPPED = 0, 1, 2, 3, 4, 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.05
 CRASH_GRACE_S = 1.2
@@ -64,7 +64,8 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def keep_output(self, stream: IO[str]) -> None:
-        self.lines.extend(stream)
+        with stream:
+            self.lines.extend(stream)
 
 
 def free_port() -> int:
@@ -186,8 +187,8 @@ def explain(rank: Rank, command: list[str], num_ranks: int) -> None:
     for line in rank.lines:
         prefix = "" if line.startswith("[rank ") else f"[rank {rank.number}] "
         print(prefix + line, end="", file=sys.stderr)
-    if code in (CONFIG, CHECKPOINT, PEER):
-        return  # the rank has said itself what to do
+    if code in (UNEXPECTED, CONFIG, CHECKPOINT, PEER):
+        return  # the rank has said so itself
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     again = shlex.join(["launch/local.sh", "-n", str(num_ranks), *command[2:]])
     print(

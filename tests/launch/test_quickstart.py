@@ -1,4 +1,4 @@
-"""launch/quickstart.sh end to end, cut short: the real model, the shipped pairs, two steps."""
+"""launch/quickstart.sh end to end, cut short: the real model, the shipped pairs, three steps."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_the_quickstart_trains_and_measures(tmp_path: Path) -> None:
-    flags = ["--train.max_steps", "2", "--run.dir", str(tmp_path / "run")]
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("".join((ROOT / "data/quickstart/eval.jsonl").read_text().splitlines(keepends=True)[:12]))
+    flags = ["--train.max_steps", "3", "--data.eval", str(held_out), "--run.dir", str(tmp_path / "run")]
     done = subprocess.run(
         [str(ROOT / "launch/quickstart.sh"), *flags], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["steps"] == 2
-    assert summary["pairs"] == 16
+    assert summary["steps"] == 3
+    assert summary["pairs"] == 24
     assert summary["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-5)
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert (tmp_path / "run/final/adapter_model.safetensors").exists()

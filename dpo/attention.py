@@ -108,10 +108,10 @@ def _varlen(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     longest = max(documents.lengths)
-    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     left = -1 if window is None else window - 1
     offsets = documents.cumulative
-    attended = varlen_attn(*rows, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
+    attended = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
     assert isinstance(attended, Tensor)
     return attended[None]
 

@@ -182,8 +182,7 @@ class SingleEngine(TorchEngine):
     def __init__(self, build: Build) -> None:
         self.device, self.dtype = build.world.device, build.dtype
         self.layout: Layout = build.layout
-        start_dtype = build.dtype if build.config.lora.r else torch.float32
-        policy = trained_policy(build.source, build.config, build.layout, start_dtype).to(self.device)
+        policy = trained_policy(build.source, build.config, build.layout, build.dtype).to(self.device)
         self.computing = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         masters = self.computing if build.dtype == torch.float32 else self._split_masters()
         super().__init__(policy, masters, build.config.optim)

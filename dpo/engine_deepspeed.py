@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ class DeepSpeedEngine:
         self.max_grad_norm = build.config.optim.max_grad_norm
         # transformers loads into partitions (zero.Init) for as long as this object lives.
         self._partition_on_load = HfDeepSpeedConfig(self.settings) if self.stage == 3 else None
-        start_dtype = build.dtype if build.config.lora.r or self.stage == 3 else torch.float32
-        policy = trained_policy(build.source, build.config, build.layout, start_dtype)
+        policy = trained_policy(build.source, build.config, build.layout, build.dtype, keep_dtype=True)
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
@@ -108,7 +108,8 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> None:
         """See `Engine`."""
-        self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints names of its own functions
+            self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
 
     def export_weights(self) -> dict[str, Tensor]:
         """See `Engine`. Under stage 3 one parameter is gathered at a time."""
@@ -125,4 +126,4 @@ class DeepSpeedEngine:
         return weights | {name: buffers[name].detach().cpu() for name in persistent} if self.world.is_main else {}
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
-        return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else contextlib.nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,8 +66,7 @@ class FSDP2Engine(TorchEngine):
         self.world, self.dtype = build.world, build.dtype
         self.layout: Layout = build.layout
         self.mesh = make_mesh(build.world, build.plan.shard_size)
-        start_dtype = build.dtype if build.config.lora.r else torch.float32
-        arguments = (build.source, build.config, build.layout, start_dtype)
+        arguments = (build.source, build.config, build.layout, build.dtype)
         full = trained_policy(*arguments) if build.world.is_main else None
         policy = trained_policy(*arguments, empty=True)
         shard(policy, self.mesh, build.dtype, OffloadPolicy())
@@ -117,5 +117,7 @@ class FSDP2Engine(TorchEngine):
     def export_weights(self) -> dict[str, Tensor]:
         """See `Engine`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.policy.is_lora)
-        weights = get_model_state_dict(self.policy, options=options)
-        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        weights: dict[str, Any] = get_model_state_dict(self.policy, options=options)
+        # Tied weights of a frozen model come along all the same.
+        wanted = self.parameters.keys() if self.policy.is_lora else weights.keys()
+        return {name.removeprefix("model."): weights[name] for name in weights if name in wanted}

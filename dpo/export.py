@@ -48,7 +48,7 @@ def export(
 
 
 def _as_adapter(engine: Engine, directory: Path, weights: dict[str, Tensor]) -> None:
-    engine.policy.model.save_pretrained(directory, state_dict=weights, save_embedding_layers=False)
+    engine.policy.model.save_pretrained(str(directory), state_dict=weights, save_embedding_layers=False)
 
 
 def _save_full(

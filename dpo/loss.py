@@ -112,13 +112,17 @@ def rewards(pairs: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def pair_metrics(pairs: PairLogps, loss_B: Tensor) -> dict[str, Tensor]:
-    """Per-pair values of the logged metrics, (B,) each, under TRL's names."""
+    """Per-pair values of the logged metrics, (B,) each, under TRL's names.
+
+    A tie counts as half right: before the first step, where all rewards are 0, accuracy is that of a coin (TRL says 0).
+    """
     chosen_B, rejected_B = rewards(pairs)
+    right_B = (chosen_B > rejected_B).to(loss_B.dtype) + 0.5 * (chosen_B == rejected_B).to(loss_B.dtype)
     return {
         "loss": loss_B.detach(),
         "rewards/chosen": chosen_B,
         "rewards/rejected": rejected_B,
-        "rewards/accuracies": (chosen_B > rejected_B).to(loss_B.dtype),
+        "rewards/accuracies": right_B,
         "rewards/margins": chosen_B - rejected_B,
         "logps/chosen": pairs.policy_chosen_logps_B.detach(),
         "logps/rejected": pairs.policy_rejected_logps_B.detach(),

@@ -13,7 +13,7 @@ from data_utils.schema import PairBatch
 from dpo.loss import PairLogps, pair_metrics
 from dpo.world import World
 
-PAIR_KEYS = (
+PAIR_KEYS: tuple[str, ...] = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -53,7 +53,7 @@ class Tally:
         """Sums over all ranks, the number of pairs, and `extras` summed: one collective, one device-to-host copy."""
         counts = torch.tensor([self._num_pairs, *extras], dtype=torch.float64, device=self._world.device)
         reduced = self._world.sum_on_device(torch.cat([self._sums, counts])).tolist()
-        sums = dict(zip(PAIR_KEYS, reduced[: len(PAIR_KEYS)], strict=True))
+        sums: dict[str, float] = dict(zip(PAIR_KEYS, reduced[: len(PAIR_KEYS)], strict=True))
         return sums, round(reduced[len(PAIR_KEYS)]), reduced[len(PAIR_KEYS) + 1 :]
 
     def clear(self) -> None:

@@ -159,7 +159,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.layout: Layout = layout
-        self.stock_attention: str = self.causal_lm.config._attn_implementation
+        self.stock_attention = self.causal_lm.config._attn_implementation or "eager"
         ScoringHead.adopt(self.head, transform)
         self.use_layout(layout)
 
@@ -171,7 +171,9 @@ class Policy(nn.Module):
     @property
     def head(self) -> nn.Module:
         """The output head."""
-        return self.causal_lm.get_output_embeddings()
+        head = self.causal_lm.get_output_embeddings()
+        assert head is not None
+        return head
 
     @property
     def is_lora(self) -> bool:
@@ -267,11 +269,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def trained_policy(
-    source: Pretrained, config: Config, layout: Layout, dtype: torch.dtype, *, empty: bool = False
+    source: Pretrained,
+    config: Config,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    empty: bool = False,
+    keep_dtype: bool = False,
 ) -> Policy:
-    """The policy before training: base weights in `dtype`, fp32 LoRA adapters where `lora.r` > 0.
+    """The policy before training.
 
-    With `empty` all of it is on the meta device, to be sharded before it is filled.
+    Weights are read in the dtype of compute by every engine, so that all start alike and as the reference does; what is
+    trained is then kept in fp32: the whole model, or LoRA adapters where `lora.r` > 0.
+
+    Args:
+        empty: all of it on the meta device, to be sharded before it is filled.
+        keep_dtype: leave the whole model in `dtype` (an engine that makes its own fp32 weights).
     """
     model: PreTrainedModel | PeftModel = source.empty(dtype) if empty else source.load(dtype)
     if config.train.gradient_checkpointing:
@@ -279,6 +292,8 @@ def trained_policy(
     if config.lora.r:
         with torch.device("meta") if empty else nullcontext():
             model = add_lora(model, config.lora, config.train.seed)
+    elif not keep_dtype:
+        model = model.float()
     return Policy(model, source.logit_transform, layout).train()
 
 

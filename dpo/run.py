@@ -36,6 +36,10 @@ from dpo.terminal import Terminal, count, duration
 from dpo.world import World
 
 
+FILLER_ID = 0
+"""Fills padding and idle batches; no loss ever sees it, so any id does."""
+
+
 @dataclass
 class Totals:
     """What has happened since the start of the run, over all of its processes."""
@@ -100,11 +104,6 @@ class Run:
     def _worst(self, gap: float) -> float:
         return max(self.world.gather_objects(gap))
 
-    @property
-    def _filler_id(self) -> int:
-        """The id that fills padding and idle batches; no loss ever sees it."""
-        return 0 if self.tokenizer.pad_token is None else self.tokenizer.convert_tokens_to_ids(self.tokenizer.pad_token)
-
     def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
         positions = self.source.max_positions
         max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
@@ -116,7 +115,7 @@ class Run:
             world_size=self.world.size,
             layout=self.layout,
             tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch,
-            pad_token_id=self._filler_id,
+            pad_token_id=FILLER_ID,
             on_bad_row=self.config.data.on_bad_row,
             max_bad_fraction=self.config.data.max_bad_fraction,
             pin_memory=self.world.device.type == "cuda",
@@ -129,7 +128,7 @@ class Run:
         return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
 
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
-        return agree(loader.steps(first, last), self.world, self.stop, self.layout, self._filler_id)
+        return agree(loader.steps(first, last), self.world, self.stop, self.layout, FILLER_ID)
 
     # ---- starting
 

@@ -88,4 +88,5 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    for name in ("DeepSpeed", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -41,9 +41,7 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
     """
     num_gpus = torch.cuda.device_count()
     if kind == "cuda" and num_gpus == 0:
-        raise ConfigError(
-            "parallel.device=cuda: this machine shows no GPU (see nvidia-smi); set --parallel.device cpu"
-        )
+        raise ConfigError("parallel.device=cuda: this machine shows no GPU (see nvidia-smi); set --parallel.device cpu")
     if kind == "cpu" or num_gpus == 0:
         return torch.device("cpu")
     if local_rank >= num_gpus:
@@ -82,6 +80,8 @@ class World:
         device = choose_device(kind, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of DeepSpeed warns that it chose it
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1:
             if sharded:
@@ -104,9 +104,9 @@ class World:
         if self.size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
-        everyone = torch.empty(self.size, len(values), dtype=torch.int64)
-        dist.all_gather_into_tensor(everyone, mine, group=self.side_group)
-        return everyone.tolist()
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self.side_group)
+        return torch.stack(everyone).tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in the order of ranks (a small picklable; from our own processes only)."""

@@ -4,9 +4,10 @@
 What torchrun does not do, and the trainer's contract needs:
 - SIGTERM, SIGINT and SIGUSR1 to the launcher reach every rank, at once; the ranks then have all the time they need.
 - When a rank dies, the others are gone within two seconds, and one line says which one died of what.
-- The exit code is the trainer's (0 done, 2 config or data, 3 checkpoint, 4 a peer died or hung, 75 stopped on request).
+- The exit code is the trainer's: 0 done, 2 config or data, 3 checkpoint, 4 a peer died or hung, 75 stopped on request.
 
-Rank 0 writes to the terminal. What the others write is kept back, and shown when one of them is the cause of a failure.
+Rank 0 writes to the terminal. What the others write is kept back, and shown when one of them is the cause of a
+failure.
 Only the standard library is used. Linux, macOS.
 """
 
@@ -117,7 +118,10 @@ def start(num_ranks: int, command: list[str]) -> list[Rank]:
 
 
 class Requests:
-    """The signals sent to the launcher: each is passed on to every rank, a second Ctrl-C ends them all."""
+    """The signals sent to the launcher: each is passed on to every rank.
+
+    Ctrl-C is passed on as SIGTERM, so that the ranks save; the second one ends them all.
+    """
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -134,7 +138,7 @@ class Requests:
                 if self.seen.count(signal.SIGINT) > 1:
                     rank.kill()
                 else:
-                    rank.process.send_signal(number)
+                    rank.process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def watch(ranks: list[Rank], requests: Requests) -> None:
@@ -165,13 +169,14 @@ def severity(rank: Rank) -> int:
 
 
 def exit_code(ranks: list[Rank], requests: Requests) -> int:
-    """One code for the run: what all ranks say, else a refusal, else a stop on request, else that a peer died."""
-    codes = {rank.code for rank in ranks if not rank.ended_by_us}
-    by_request = {-number for number in requests.seen}
-    if requests.seen and codes <= by_request:
-        return STOPPED
-    if len(codes) == 1 and not any(rank.ended_by_us or rank.process.returncode < 0 for rank in ranks):
+    """One code for the run: rank 0's, which is also in status.json, unless only another rank has failed."""
+    codes = {rank.process.returncode for rank in ranks if not rank.ended_by_us}
+    if requests.seen and codes <= {-signal.SIGTERM, -signal.SIGUSR1}:
+        return STOPPED  # asked to stop before they could answer
+    if ranks[0].failed and not ranks[0].ended_by_us and ranks[0].process.returncode > 0:
         return ranks[0].process.returncode
+    if codes in ({DONE}, {STOPPED}):
+        return codes.pop()
     return next((refusal for refusal in (CONFIG, CHECKPOINT) if refusal in codes), PEER)
 
 
@@ -179,7 +184,8 @@ def explain(rank: Rank, command: list[str], num_ranks: int) -> None:
     """Show what the failed rank wrote, unless it was on the terminal already, and say in one line what happened."""
     code = rank.process.returncode
     for line in rank.lines:
-        print(f"[rank {rank.number}] {line}", end="", file=sys.stderr)
+        prefix = "" if line.startswith("[rank ") else f"[rank {rank.number}] "
+        print(prefix + line, end="", file=sys.stderr)
     if code in (CONFIG, CHECKPOINT, PEER):
         return  # the rank has said itself what to do
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -37,9 +37,15 @@ wanted() { # [--dev]: the text that decides whether the environment is up to dat
     if [[ "${1:-}" == --dev ]]; then cat "$ROOT/requirements-dev.txt"; fi
 }
 
-up_to_date() { # [--dev]
-    local stamp="$VENV/.dpo-requirements${1:-}"
-    [[ -x "$PYTHON" && -f "$stamp" && "$(wanted "${1:-}")" == "$(<"$stamp")" ]]
+up_to_date() { # [--dev]: an environment with the development requirements serves both
+    local kind
+    [[ -x "$PYTHON" ]] || return 1
+    for kind in "${1:-}" --dev; do
+        if [[ -f "$VENV/.dpo-requirements$kind" && "$(wanted "$kind")" == "$(<"$VENV/.dpo-requirements$kind")" ]]; then
+            return 0
+        fi
+    done
+    return 1
 }
 
 pip_install() { # what it is, then pip's arguments
@@ -55,13 +61,19 @@ pinned() { # name: its line of requirements.txt, without the comment
     echo "$line"
 }
 
+make_venv() {
+    local base
+    [[ -z "${VIRTUAL_ENV:-}" ]] || die "the active environment $VENV has no working pip; repair it, or deactivate it"
+    base="$(base_python)"
+    "$base" -m venv --clear "$VENV" >>"$SETUP_LOG" 2>&1 || die "could not make $VENV; see $SETUP_LOG"
+}
+
 install_requirements() { # [--dev]
     local torch deepspeed files=(-r "$ROOT/requirements.txt")
     torch="$(pinned torch)" deepspeed="$(pinned deepspeed)"
     if [[ "${1:-}" == --dev ]]; then files+=(-r "$ROOT/requirements-dev.txt"); fi
     : >"$SETUP_LOG"
-    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$(base_python)" -m venv --clear "$VENV" >>"$SETUP_LOG" 2>&1 ||
-        die "could not make the virtual environment $VENV; see $SETUP_LOG"
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || make_venv
     # DeepSpeed comes as source and its build asks the installed torch which operators fit, so the order matters.
     pip_install "$torch (some minutes the first time)" "$torch" setuptools wheel packaging ninja py-cpuinfo
     pip_install "$deepspeed" --no-build-isolation "$deepspeed"

@@ -3,8 +3,8 @@
 
     python data/quickstart/make_pairs.py [FOLDER]      (default: the folder of this script)
 
-Each pair asks for something on an everyday topic under one condition of form (the kinds of `CHECKS`). `chosen` keeps the
-condition; `rejected` is as true and as fluent, and ignores it, the way a small model does. What is said comes from
+Each pair asks for something on an everyday topic under one condition of form (the kinds of `CHECKS`). `chosen` keeps
+the condition; `rejected` is as true and as fluent, and ignores it, the way a small model does. What is said comes from
 knowledge.json, how it is asked from the templates below, and all choices from one seed: the same files come out, byte
 for byte, wherever it runs. No topic, list, question or table row of eval.jsonl is used in train.jsonl.
 """

@@ -1,0 +1,30 @@
+"""Runs several trainings one after another in the same ranks, so that a two-rank job pays for its start only once.
+
+    python launch/local.py -n 2 tests/distributed/members.py MEMBERS.json
+
+MEMBERS.json: a list of command lines of train_dpo.py. Ends with the first exit code that is neither 0 nor 75.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_dpo
+
+
+def main(path: str) -> int:
+    """Run all members; returns the exit code."""
+    for argv in json.loads(Path(path).read_text()):
+        code = train_dpo.main(argv)
+        if code not in (0, 75):
+            print(f"member failed with {code}: {argv}", file=sys.stderr)
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Run the tests; installs what they need on the first call.
+#
+#   tests/run.sh [arguments of pytest]       the fast tier: everything not marked slow
+#   tests/run.sh --all [arguments]           what CI runs: lint, format, types, shell scripts, then every test
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+cd "$ROOT"
+setup_environment --dev
+export OMP_NUM_THREADS=1 # several ranks and several test runs share the cores
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+
+check_sources() {
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m pyright --pythonpath "$PYTHON"
+    git ls-files -z --cached --others --exclude-standard '*.sh' .ci/run | xargs -0 shellcheck -x
+}
+
+if [[ "${1:-}" == --all ]]; then
+    shift
+    check_sources
+    exec "$PYTHON" -m pytest "$@"
+fi
+exec "$PYTHON" -m pytest -m "not slow" "$@"

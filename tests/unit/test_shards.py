@@ -1,0 +1,216 @@
+"""Shards are found, indexed and read exactly; what is broken is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_utils import shard_files
+from data_utils.schema import DataError, RowError
+from data_utils.shards import ShardSet, SourceSpec
+
+
+def row(number: int) -> dict[str, str]:
+    return {"prompt": f"prompt {number}", "chosen": f"good é {number}", "rejected": f"bad {number}"}
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in rows)
+
+
+def write(path: Path, content: bytes) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+def write_parquet(path: Path, rows: list[dict], **options) -> str:
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return str(path)
+
+
+def prompts(shards: ShardSet) -> list:
+    return [shards.pair(index).prompt for index in range(len(shards))]
+
+
+def test_all_kinds_read_alike(tmp_path: Path) -> None:
+    rows = [row(number) for number in range(7)]
+    paths = [write(tmp_path / "a.jsonl", jsonl(rows)), write(tmp_path / "b.jsonl.gz", jsonl(rows))]
+    paths.append(write_parquet(tmp_path / "c.parquet", rows, row_group_size=3))
+    shards = ShardSet.open(paths)
+    assert len(shards) == 21 and shards.files == paths
+    assert prompts(shards) == [f"prompt {number}" for number in range(7)] * 3
+    assert [shards.where(index) for index in (0, 6, 7, 20)] == [
+        f"{paths[0]}:1",
+        f"{paths[0]}:7",
+        f"{paths[1]}:1",
+        f"{paths[2]}:7",
+    ]
+    assert shards.row_bytes.dtype == np.int64
+    assert shards.row_bytes[:7].tolist() == [len(jsonl([item])) - 1 for item in rows]
+    assert shards.row_bytes[14] == len("prompt 0" + "good é 0" + "bad 0") + 1
+
+
+def test_bom_crlf_and_blank_lines_keep_the_line_numbers(tmp_path: Path) -> None:
+    lines = [b"", jsonl([row(1)])[:-1], b"  ", jsonl([row(2)])[:-1], b"\t", b"{oops"]
+    shards = ShardSet.open([write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b"\r\n".join(lines))])
+    assert len(shards) == 3 and [shards.pair(0).prompt, shards.pair(1).prompt] == ["prompt 1", "prompt 2"]
+    assert [shards.where(index).rpartition(":")[2] for index in range(3)] == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        (b'{"prompt": "a", "chosen": "b", "rejec', "malformed_json"),
+        (b"[" * 100_000, "malformed_json"),
+        (b'{"weight": ' + b"9" * 5000 + b"}", "malformed_json"),
+        (b'{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', "duplicate_key"),
+        (b'{"chosen": [{"role": "user", "role": "user", "content": "c"}]}', "duplicate_key"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": NaN}', "nan_literal"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": -Infinity}', "nan_literal"),
+        (b'{"prompt": "a", "chosen": "b\xff", "rejected": "c"}', "invalid_utf8"),
+        (b'{"prompt": "a", "chosen": "b\\ud800", "rejected": "c"}', "invalid_utf8"),
+        (b'{"prompt": "a", "chosen": "b"}', "schema"),
+        (b"17", "schema"),
+    ],
+)
+def test_bad_lines_name_their_place_and_cause(tmp_path: Path, line: bytes, cause: str) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl([row(1)]) + line + b"\n" + jsonl([row(3)]))
+    shards = ShardSet.open([path])
+    with pytest.raises(RowError) as caught:
+        shards.pair(1)
+    assert caught.value.cause == cause and caught.value.where == f"{path}:2"
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    assert [error.where for error in shards.check(range(3))] == [f"{path}:2"]
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
+    line = b'{"prompt": "a", "chosen": "\\ud83d\\ude00", "rejected": "c"}'
+    assert ShardSet.open([write(tmp_path / "a.jsonl", line)]).pair(0).chosen == "\N{GRINNING FACE}"
+
+
+def test_folders_and_globs_are_sorted_by_path(tmp_path: Path) -> None:
+    for number, name in enumerate(["b.jsonl", "a.jsonl.gz", "sub/c.jsonl"]):
+        write(tmp_path / name, jsonl([row(number)]))
+    write(tmp_path / "README.txt", b"not data")
+    assert prompts(ShardSet.open([str(tmp_path)])) == ["prompt 1", "prompt 0", "prompt 2"]
+    assert prompts(ShardSet.open([f"{tmp_path}/b.jsonl", f"{tmp_path}/a*"])) == ["prompt 0", "prompt 1"]
+    assert len(ShardSet.open([f"{tmp_path}/**/*.jsonl"])) == 2
+
+
+def test_source_names_reach_the_pairs(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / name, jsonl([row(1)])) for name in ("a.jsonl", "b.jsonl"))
+    shards = ShardSet.open([SourceSpec(a, name="ours"), b])
+    assert [shards.pair(index).columns.source for index in range(2)] == ["ours", ""]
+
+
+def test_all_that_is_missing_is_listed(tmp_path: Path) -> None:
+    there = write(tmp_path / "a.jsonl", jsonl([row(1)]))
+    gone = [str(tmp_path / "x.jsonl"), str(tmp_path / "y*.jsonl"), "http://127.0.0.1/z.jsonl"]
+    with pytest.raises(DataError) as caught:
+        ShardSet.open([gone[0], there, *gone[1:]])
+    assert all(path in str(caught.value) for path in gone) and there not in str(caught.value)
+
+
+def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data sources"):
+        ShardSet.open([])
+    with pytest.raises(DataError, match="no shards in"):
+        ShardSet.open([str(tmp_path)])
+    with pytest.raises(DataError, match=r"no shards in .*notes\.txt"):
+        ShardSet.open([write(tmp_path / "notes.txt", b"x")])
+    empty = write(tmp_path / "empty.jsonl", b"\n \n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
+        ShardSet.open([write(tmp_path / "a.jsonl", jsonl([row(1)])), empty])
+
+
+def test_a_shard_listed_twice_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl([row(1)]))
+    os.symlink(path, tmp_path / "link.jsonl")
+    for sources in ([path, path], [path, f"{tmp_path}/a*"], [path, str(tmp_path / "link.jsonl")], [str(tmp_path)]):
+        with pytest.raises(DataError, match="listed twice"):
+            ShardSet.open(sources)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.97])
+def test_truncated_gzip_names_file_and_place(tmp_path: Path, keep: float) -> None:
+    rng = np.random.default_rng(0)
+    content = jsonl([row(int(number)) for number in rng.integers(0, 10**15, 5000)])
+    path = Path(write(tmp_path / "a.jsonl.gz", content))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: truncated or corrupt gzip near line \d+"):
+        ShardSet.open([str(path)])
+
+
+def test_corrupt_files_are_named(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl.gz", jsonl([row(number) for number in range(900)])))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    for broken in (str(path), write(tmp_path / "b.parquet", b"PAR1 no")):
+        with pytest.raises(DataError, match="truncated or corrupt"):
+            ShardSet.open([broken])
+
+
+def test_bombs_and_endless_lines_stop_at_a_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "FREE_INFLATED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match=r"bomb\.jsonl\.gz: .* a gzip bomb"):
+        ShardSet.open([write(tmp_path / "bomb.jsonl.gz", b" " * (4 << 20))])
+    monkeypatch.setattr(shard_files, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(DataError, match=r"long\.jsonl:2: a line of 1,001 bytes"):
+        ShardSet.open([write(tmp_path / "long.jsonl", b"{}\n" + b"x" * 1001)])
+
+
+def test_parquet_messages_and_null_columns(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hé"}]
+    rows: list[dict] = [
+        {"chosen": [*turns, {"role": "assistant", "content": "abc"}], "rejected": None, "weight": None},
+        {"chosen": [*turns, {"role": "assistant", "content": "abcd"}], "weight": 2.0},
+    ]
+    rows[1]["rejected"] = [*turns, {"role": "assistant", "content": "x"}]
+    shards = ShardSet.open([write_parquet(tmp_path / "a.parquet", rows)])
+    assert shards.row_bytes.tolist() == [19, 20 + 17]
+    assert shards.pair(1).prompt == turns and shards.pair(1).columns.weight == 2.0
+    assert [(error.cause, error.where) for error in shards.check([0, 1])] == [("schema", f"{tmp_path}/a.parquet:1")]
+
+
+def test_parquet_rows_in_any_order_with_a_small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "PARQUET_CACHE_ROWS", 8)
+    path = write_parquet(tmp_path / "a.parquet", [row(number) for number in range(50)], row_group_size=4)
+    shards = ShardSet.open([path])
+    for index in np.random.default_rng(0).permutation(50):
+        assert shards.pair(index).prompt == f"prompt {index}"
+
+
+def test_parquet_without_a_column_names_the_nearest(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"prompt": "a", "chosen": "b", "reject": "c"}])
+    with pytest.raises(DataError, match=r"a\.parquet: no column rejected; .* rename 'reject' to 'rejected'"):
+        ShardSet.open([path])
+
+
+def test_fingerprint_follows_content_and_order_not_place(tmp_path: Path) -> None:
+    for name, number in (("a.jsonl", 1), ("b.jsonl", 2)):
+        write(tmp_path / "one" / name, jsonl([row(number)]))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    a, b = (str(tmp_path / "one" / name) for name in ("a.jsonl", "b.jsonl"))
+    whole = ShardSet.open([str(tmp_path / "one")]).fingerprint
+    assert ShardSet.open([str(tmp_path / "two")]).fingerprint == whole
+    assert ShardSet.open([f"{tmp_path}/two/*.jsonl"]).fingerprint == whole == ShardSet.open([a, b]).fingerprint
+    assert ShardSet.open([b, a]).fingerprint != whole
+    write(tmp_path / "two" / "b.jsonl", jsonl([row(3)]))
+    assert ShardSet.open([str(tmp_path / "two")]).fingerprint != whole
+
+
+def test_rows_are_read_from_the_file_not_from_memory(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", jsonl([row(1)])))
+    shards = ShardSet.open([str(path)])
+    path.write_bytes(path.read_bytes().replace(b"prompt 1", b"prompt 9"))
+    assert shards.pair(0).prompt == "prompt 9"

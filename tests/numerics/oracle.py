@@ -44,7 +44,7 @@ def response_logp(model: PreTrainedModel, prompt_ids: list[int], response_ids: l
     assert logits.dtype == torch.float64
     log_softmax = logits.log_softmax(-1)
     first = len(prompt_ids) - 1
-    return sum((log_softmax[first + t, token] for t, token in enumerate(response_ids)), start=logits.new_zeros(()))
+    return torch.stack([log_softmax[first + t, token] for t, token in enumerate(response_ids)]).sum()
 
 
 def pair_logps(model: PreTrainedModel, triples: Sequence[Triple]) -> list[tuple[Tensor, Tensor]]:

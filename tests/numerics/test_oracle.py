@@ -39,7 +39,7 @@ def test_loss_of_given_logps(label_smoothing: float, per_pair_beta: bool) -> Non
         torch.linspace(0.01, 2.0, len(logps), dtype=torch.float64) if per_pair_beta else torch.full((len(logps),), 0.1)
     )
     beta = betas if per_pair_beta else 0.1
-    ours = dpo_loss(*logps.unbind(1), beta, label_smoothing=label_smoothing)
+    ours = dpo_loss(logps[:, 0], logps[:, 1], logps[:, 2], logps[:, 3], beta, label_smoothing=label_smoothing)
     expected = [
         oracle.pair_loss((row[0], row[1]), (row[2], row[3]), float(beta), label_smoothing)
         for row, beta in zip(logps.tolist(), betas, strict=True)
@@ -50,7 +50,7 @@ def test_loss_of_given_logps(label_smoothing: float, per_pair_beta: bool) -> Non
 
 def test_loss_in_fp32_has_finite_gradients_at_the_extremes() -> None:
     logps = torch.tensor(EXTREMES, requires_grad=True)
-    loss_B = dpo_loss(*logps.unbind(1), 0.1, label_smoothing=0.1)
+    loss_B = dpo_loss(logps[:, 0], logps[:, 1], logps[:, 2], logps[:, 3], 0.1, label_smoothing=0.1)
     loss_B.sum().backward()
     assert torch.isfinite(loss_B).all() and logps.grad is not None and torch.isfinite(logps.grad).all()
 

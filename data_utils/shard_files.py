@@ -216,12 +216,14 @@ def _text_bytes(array: pa.Array) -> np.ndarray:
     if pa.types.is_dictionary(kind):
         return _text_bytes(array.dictionary_decode())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        return (
+            pc.fill_null(pc.call_function("binary_length", [array]), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        )
     if pa.types.is_struct(kind):
         return sum((_text_bytes(field) for field in array.flatten()), np.zeros(len(array), np.int64))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner = np.concatenate([[0], np.cumsum(_text_bytes(array.flatten()))])
-        counts = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        counts = pc.fill_null(pc.call_function("list_value_length", [array]), 0).to_numpy(zero_copy_only=False)
         ends = np.cumsum(counts.astype(np.int64))
         return inner[ends] - inner[ends - counts.astype(np.int64)]
     return np.zeros(len(array), np.int64)

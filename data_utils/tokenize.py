@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from data_utils.schema import DataError, Message, PreferencePair, RowError, TokenizedPair
@@ -26,17 +25,19 @@ class PairTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        if tokenizer.eos_token_id is None:
+        eos_id, unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
+        if eos_id is None:
             raise DataError("the tokenizer has no EOS token, so no response could end; set its eos_token")
         # One copy per way of encoding: changing the way changes the tokenizer, under the feet of other threads.
         self._tokenizer, self._text_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
         self._max_length = max_length
-        self._eos_id: int = tokenizer.eos_token_id
+        assert isinstance(eos_id, int) and not isinstance(unk_id, str | list)
+        self._eos_id = eos_id
         controls = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._control_texts = tuple(controls)
         self._control_ids = frozenset([*tokenizer.all_special_ids, *controls.values()])
         # The unknown token is the one control token that text may give.
-        self._never_in_text = self._control_ids - {tokenizer.unk_token_id}
+        self._never_in_text = self._control_ids - {unk_id}
         self._prefix_ids = self._ids_before_text()
 
     def __call__(self, pair: PreferencePair, index: int) -> TokenizedPair:
@@ -126,7 +127,7 @@ class PairTokenizer:
         return ids[:last] if last and ids[last - 1] in self._control_ids else [*ids, self._eos_id]
 
     def _is_blank(self, id: int) -> bool:
-        return not self._tokenizer.decode([id]).strip()
+        return not str(self._tokenizer.decode([id])).strip()
 
     def _encode(self, texts: list[str], as_text: bool) -> list[list[int]]:
         """Ids of each text, nothing added; `as_text`: names of control tokens are spelled out like any other text."""
@@ -148,6 +149,7 @@ class PairTokenizer:
         return next(with_specials[:start] for start in starts if with_specials[start:][: len(plain)] == plain)
 
 
-def _common_prefix_length(*sequences: list[int]) -> int:
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+def _common_prefix_length(prompt: list[int], chosen: list[int], rejected: list[int]) -> int:
+    ids = zip(prompt, chosen, rejected, strict=False)
+    shortest = min(len(prompt), len(chosen), len(rejected))
+    return next((place for place, (a, b, c) in enumerate(ids) if not a == b == c), shortest)

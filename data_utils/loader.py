@@ -1,0 +1,147 @@
+"""One rank's steps: from the rows of a window to micro-batches, prepared ahead of training in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import dataclass, field, fields, replace
+from queue import Full, Queue
+from typing import Literal
+
+import torch
+
+from data_utils.batching import collate, pack
+from data_utils.order import Order, assign
+from data_utils.schema import DataError, Layout, PairBatch, RowError, Step, TokenizedPair
+from data_utils.shards import ShardSet
+from data_utils.tokenize import PairTokenizer
+
+PREFETCHED_STEPS = 2
+FEWEST_ROWS_TO_JUDGE = 100  # a bad fraction of fewer rows says little, unless there are no more
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class StepLoader:
+    """Makes the steps of one rank; a pure function of its fields and the step, so any step can be made again.
+
+    Attributes:
+        order: the windows; its `num_rows` is `len(shards)`.
+        tokens_per_micro_batch: the budget of `pack`.
+        on_bad_row: "error" raises the RowError; "skip" leaves the row out and counts it by cause.
+        max_bad_fraction: of the rows this rank has seen since `steps` began; above it, skipping ends in a DataError.
+        pin_memory: put the tensors into page-locked memory, for asynchronous copies to a GPU.
+    """
+
+    shards: ShardSet
+    tokenizer: PairTokenizer
+    order: Order
+    rank: int
+    world_size: int
+    layout: Layout
+    tokens_per_micro_batch: int
+    pad_token_id: int
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_bad_fraction: float = 0.01
+    pin_memory: bool = False
+
+    def steps(self, first: int, last: int) -> Generator[Step, None, None]:
+        """Steps first, ..., last - 1, made up to `PREFETCHED_STEPS` ahead in a thread.
+
+        The thread starts with the first `next` and ends with the iterator, also when that is closed early.
+
+        Raises:
+            RowError, DataError: in place of the step that could not be made.
+        """
+        ahead: Queue[Step | Exception | None] = Queue(maxsize=PREFETCHED_STEPS)
+        closed = threading.Event()
+        thread = threading.Thread(target=self._fill, args=(ahead, closed, first, last), name="steps", daemon=True)
+        thread.start()
+        try:
+            while (item := ahead.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+    def _fill(self, ahead: Queue[Step | Exception | None], closed: threading.Event, first: int, last: int) -> None:
+        """The thread: steps, then None or the exception that ended them."""
+        skipped = _Skipped(self.max_bad_fraction)
+        try:
+            for number in range(first, last):
+                step = self._step(number, skipped)
+                is_last = number + 1 == last or (number + 1) % self.order.steps_per_epoch == 0
+                skipped.check(is_last)
+                if not _put(ahead, closed, step):
+                    return
+        except Exception as error:
+            _put(ahead, closed, error)
+        else:
+            _put(ahead, closed, None)
+
+    def _step(self, number: int, skipped: _Skipped) -> Step:
+        epoch, window = self.order.window(number)
+        mine = window[assign(self.shards.row_bytes[window], self.world_size)[self.rank]]
+        pairs, causes = [], Counter[str]()
+        for index in mine.tolist():
+            try:
+                pairs.append(self._pair(index))
+            except RowError as error:
+                if self.on_bad_row == "error":
+                    raise
+                causes[error.cause] += 1
+                skipped.add(error)
+        skipped.num_rows += len(mine)
+        batches = [self._collate(micro_batch) for micro_batch in pack(pairs, self.layout, self.tokens_per_micro_batch)]
+        return Step(number, epoch, batches, len(pairs), dict(sorted(causes.items())))
+
+    def _pair(self, index: int) -> TokenizedPair:
+        return self.tokenizer(self.shards.pair(index), index)
+
+    def _collate(self, pairs: list[TokenizedPair]) -> PairBatch:
+        batch = collate(pairs, self.layout, self.pad_token_id)
+        return _pinned(batch) if self.pin_memory else batch
+
+
+@dataclass
+class _Skipped:
+    """The rows that were left out so far, by cause, and where each cause came first."""
+
+    max_fraction: float
+    num_rows: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, error: RowError) -> None:
+        self.causes[error.cause] += 1
+        self.first.setdefault(error.cause, error.where)
+
+    def check(self, is_last: bool) -> None:
+        """Raise DataError if too many rows were left out. Judges only many rows, or the last ones."""
+        count = self.causes.total()
+        if count <= self.max_fraction * self.num_rows or (self.num_rows < FEWEST_ROWS_TO_JUDGE and not is_last):
+            return
+        table = ", ".join(f"{cause} {n} (first {self.first[cause]})" for cause, n in self.causes.most_common())
+        raise DataError(
+            f"{count} of {self.num_rows} rows are bad, more than data.max_bad_fraction={self.max_fraction:g} allows: "
+            f"{table}; clean the data or raise the limit"
+        )
+
+
+def _put(ahead: Queue[Step | Exception | None], closed: threading.Event, item: Step | Exception | None) -> bool:
+    """Wait for room in the queue; whether there was any before the consumer closed it."""
+    while not closed.is_set():
+        try:
+            ahead.put(item, timeout=POLL_S)
+        except Full:
+            continue
+        return True
+    return False
+
+
+def _pinned(batch: PairBatch) -> PairBatch:
+    tensors = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return replace(batch, **{name: x.pin_memory() for name, x in tensors.items() if isinstance(x, torch.Tensor)})

@@ -1,0 +1,184 @@
+"""The steps of all ranks hold each pair once, come ahead of time, and end cleanly."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_utils.loader import PREFETCHED_STEPS, StepLoader
+from data_utils.order import Order
+from data_utils.schema import DataError, PairBatch, PreferencePair, RowError, Step, TokenizedPair
+from data_utils.shards import ShardSet
+from data_utils.tokenize import PairTokenizer
+from tests.tiny import tiny_tokenizer
+
+NUM_ROWS = 45
+
+
+def make_loader(
+    folder: Path, bad_rows: dict[int, dict] | None = None, num_rows: int = NUM_ROWS, **changes
+) -> StepLoader:
+    rows = [
+        {"prompt": "the cat " * (1 + n % 7), "chosen": f"sat {n}", "rejected": "on the mat " * (1 + n % 5)}
+        for n in range(num_rows)
+    ]
+    for number, change in (bad_rows or {}).items():
+        rows[number] |= change
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shards = ShardSet.open([str(path)])
+    loader = StepLoader(
+        shards=shards,
+        tokenizer=PairTokenizer(tiny_tokenizer(), max_length=64),
+        order=Order(len(shards), pairs_per_step=10, seed=3),
+        rank=0,
+        world_size=1,
+        layout="packed",
+        tokens_per_micro_batch=150,
+        pad_token_id=0,
+    )
+    return replace(loader, **changes)
+
+
+def rows_of(steps: list[Step]) -> list[int]:
+    return [index for step in steps for batch in step.micro_batches for index in batch.index_B]
+
+
+def equal(a: PairBatch, b: PairBatch) -> bool:
+    for field in fields(PairBatch):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        same = torch.equal(left.nan_to_num(-7), right.nan_to_num(-7)) if torch.is_tensor(left) else left == right
+        if not same:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 16])
+def test_all_ranks_together_have_each_window_once(tmp_path: Path, layout: str, world_size: int) -> None:
+    loader = make_loader(tmp_path, layout=layout, world_size=world_size)
+    per_rank = [list(replace(loader, rank=rank).steps(0, 10)) for rank in range(world_size)]
+    for number, shares in enumerate(zip(*per_rank, strict=True)):
+        epoch, window = loader.order.window(number)
+        assert sorted(rows_of(list(shares))) == sorted(window.tolist())
+        assert all(step.number == number and step.epoch == epoch and not step.num_skipped for step in shares)
+        assert sum(step.num_pairs for step in shares) == len(window)
+        assert all(batch.layout == layout for step in shares for batch in step.micro_batches)
+    assert sorted(rows_of(per_rank[0])) != [] and (world_size < 16 or any(not s.micro_batches for s in per_rank[15]))
+
+
+def test_steps_can_be_made_again(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path)
+    whole, tail = list(loader.steps(0, 8)), list(loader.steps(5, 8))
+    for a, b in zip(whole[5:], tail, strict=True):
+        assert (a.number, a.epoch, a.num_pairs) == (b.number, b.epoch, b.num_pairs)
+        assert len(a.micro_batches) > 1 and all(map(equal, a.micro_batches, b.micro_batches))
+
+
+def test_without_shuffling_the_rows_come_in_order(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, order=Order(NUM_ROWS, 10, shuffle=False))
+    assert [sorted(rows_of([step])) for step in loader.steps(0, 5)][-1] == [40, 41, 42, 43, 44]
+
+
+def test_micro_batches_hold_the_rows_they_name(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path)
+    text = tiny_tokenizer()
+    for step in loader.steps(0, 2):
+        for batch in step.micro_batches:
+            for place, index in enumerate(batch.index_B):
+                labels = batch.labels_N[batch.sequence_of_N == place].tolist()
+                assert text.decode(labels).strip() == f"sat {index}</s>"
+
+
+BAD = {3: {"chosen": " "}, 8: {"rejected": "sat 8"}, 30: {"chosen": ""}, 41: {"prompt": "cat " * 99}}
+
+
+def test_bad_rows_are_skipped_and_counted_by_cause(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, BAD, on_bad_row="skip", max_bad_fraction=0.1, world_size=2)
+    steps = [step for rank in range(2) for step in replace(loader, rank=rank, max_bad_fraction=1.0).steps(0, 5)]
+    skipped = sum((Counter(step.num_skipped) for step in steps), Counter[str]())
+    assert skipped == {"empty_response": 2, "identical": 1, "prompt_too_long": 1}
+    assert sorted(rows_of(steps)) == sorted(set(range(NUM_ROWS)) - set(BAD))
+    assert sum(step.num_pairs for step in steps) == NUM_ROWS - len(BAD)
+
+
+def test_a_bad_row_surfaces_at_its_step_in_error_mode(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, {25: {"chosen": None}}, order=Order(NUM_ROWS, 10, shuffle=False))
+    steps = loader.steps(0, 5)
+    assert [next(steps).number, next(steps).number] == [0, 1]
+    with pytest.raises(RowError, match=r"a\.jsonl:26: column chosen is null"):
+        next(steps)
+    assert no_thread_is_left()
+
+
+def test_too_many_bad_rows_stop_with_a_table(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, BAD, on_bad_row="skip", max_bad_fraction=0.05)
+    with pytest.raises(DataError) as caught:
+        list(loader.steps(0, 10))
+    table = r"4 of 45 rows are bad, more than data.max_bad_fraction=0.05 allows: empty_response 2 (first "
+    assert table in str(caught.value) and "identical 1 (first" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_bad_fraction_is_judged_from_100_rows_on(tmp_path: Path) -> None:
+    bad = {number: {"chosen": ""} for number in range(0, 300, 2)}
+    loader = make_loader(tmp_path, bad, 300, order=Order(300, 10, seed=1), on_bad_row="skip", max_bad_fraction=0.2)
+    numbers = []
+    with pytest.raises(DataError, match="of 100 rows are bad"):
+        numbers.extend(step.number for step in loader.steps(0, 30))
+    with pytest.raises(DataError, match="of 30 rows are bad"):
+        list(loader.steps(0, 3))
+
+
+class SpyTokenizer(PairTokenizer):
+    calls = 0
+
+    def __call__(self, pair: PreferencePair, index: int) -> TokenizedPair:
+        self.calls += 1
+        return super().__call__(pair, index)
+
+
+def wait_until(condition) -> bool:
+    end = time.monotonic() + 10
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def no_thread_is_left() -> bool:
+    return all(thread.name != "steps" for thread in threading.enumerate())
+
+
+def test_steps_are_made_ahead_but_not_without_bound(tmp_path: Path) -> None:
+    spy = SpyTokenizer(tiny_tokenizer(), max_length=64)
+    steps = make_loader(tmp_path, tokenizer=spy).steps(0, 1000)
+    next(steps)
+    ahead = 10 * (1 + PREFETCHED_STEPS)
+    assert wait_until(lambda: spy.calls >= ahead)
+    time.sleep(0.2)
+    assert spy.calls <= ahead + 10
+    steps.close()
+    assert no_thread_is_left()
+
+
+def test_a_bug_in_the_thread_surfaces_too(tmp_path: Path) -> None:
+    class Broken(PairTokenizer):
+        def __call__(self, pair: PreferencePair, index: int) -> TokenizedPair:
+            raise ZeroDivisionError("bug")
+
+    loader = make_loader(tmp_path, tokenizer=Broken(tiny_tokenizer(), 64), on_bad_row="skip")
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        next(loader.steps(0, 5))
+    assert no_thread_is_left()
+
+
+def test_an_empty_range_has_no_steps(tmp_path: Path) -> None:
+    assert list(make_loader(tmp_path).steps(3, 3)) == []
+    assert no_thread_is_left()

@@ -58,9 +58,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Families whose layers are all attention: what distinguishes each, on top of the common sizes."""
 
 
+STATEFUL: dict[str, dict[str, Any]] = {
+    "qwen3_next": _EXPERTS
+    | {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": WINDOW},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {},
+    "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 3.0},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "lm_head_multiplier": 0.5},
+}
+"""Families with layers that carry state, or chunks, across a row."""
+
+
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """A configuration of about 20 thousand parameters; sliding windows are shorter than the test sequences."""
-    return AutoConfig.for_model(family, **(_COMMON | FAMILIES.get(family, {}) | changes))
+    return AutoConfig.for_model(family, **(_COMMON | (FAMILIES | STATEFUL).get(family, {}) | changes))
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,15 +63,14 @@ def missing_columns(keys: Iterable[str]) -> str | None:
     if not missing:
         return None
     near = [_nearest(name, keys) for name in missing]
-    found = ", ".join(keys) or "none"
-    return f"no column {' and '.join(missing)}; found: {found}{''.join(near)}; {KNOWN_FORMATS}"
+    return f"no column {' and '.join(missing)}; found: {list_keys(keys)}{''.join(near)}; {KNOWN_FORMATS}"
 
 
 def _nearest(name: str, keys: list[str]) -> str:
     unknown = [key for key in keys if key not in KNOWN_COLUMNS]
     by_lower_case = {key.lower(): key for key in unknown}
     close = difflib.get_close_matches(name, by_lower_case, n=1)
-    return f"; rename '{by_lower_case[close[0]]}' to '{name}'?" if close else ""
+    return f"; rename {reprlib.repr(by_lower_case[close[0]])} to '{name}'?" if close else ""
 
 
 def _split(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
@@ -94,8 +94,14 @@ def _split(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
 def _missing_prompt(row: dict[str, Any]) -> str:
     if "prompt" in row:
         return "column prompt is null; it must be a string or a message list"
-    found = ", ".join(map(str, row))
-    return f"no column prompt beside the strings; found: {found}{_nearest('prompt', list(row))}; {KNOWN_FORMATS}"
+    keys = list(row)
+    return f"no column prompt beside the strings; found: {list_keys(keys)}{_nearest('prompt', keys)}; {KNOWN_FORMATS}"
+
+
+def list_keys(keys: Iterable[str]) -> str:
+    """Keys for a message of one line, however many or strange they are."""
+    shown = [key if key.isidentifier() and len(key) < 40 else reprlib.repr(key) for key in keys]
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") or "none"
 
 
 def _split_messages(
@@ -136,10 +142,11 @@ def _check_message(message: object, place: str, where: str) -> None:
         raise RowError(where, "schema", f"{place} is {_kind(message)}; it must be an object with role and content")
     if "role" not in message or "content" not in message:
         hint = "; ShareGPT turns? rename from/value to role/content" if "from" in message else ""
-        found = ", ".join(map(str, message)) or "none"
-        raise RowError(where, "schema", f"{place} needs the keys role and content; found: {found}{hint}")
+        raise RowError(where, "schema", f"{place} needs the keys role and content; found: {list_keys(message)}{hint}")
     if message["role"] not in ROLES:
-        raise RowError(where, "roles", f"{place} has the role {message['role']!r}; known: {', '.join(ROLES)}")
+        raise RowError(
+            where, "roles", f"{place} has the role {reprlib.repr(message['role'])}; known: {', '.join(ROLES)}"
+        )
     if not isinstance(message["content"], str):
         raise RowError(where, "schema", f"{place} has a content that is {_kind(message['content'])}, not a string")
 
@@ -150,16 +157,23 @@ def _check_turns(prompt: list[Message], response: list[Message], name: str, wher
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken[-1:] != ["assistant"]:
         raise RowError(where, "roles", f"the last turn of {name} is the {roles[-1]}'s; it must be the assistant's")
-    if spoken != [ROLES[1 + number % 2] for number in range(len(spoken))] and spoken != ["assistant"]:
-        shown = ", ".join(roles if len(roles) <= 8 else [*roles[:4], "...", *roles[-4:]])
-        rule = "they must alternate user, assistant after at most one system turn"
-        raise RowError(where, "roles", f"the turns of prompt + {name} are {shown}; {rule}")
+    if len(spoken) > 1:
+        _check_alternation(roles, name, where)
     if len(response) != 1:
         size = len(response)
         message = f"{name} has {size} turns after the prompt that both share; a response is one assistant turn"
         raise RowError(where, "multi_turn_response", message)
     if spoken == ["assistant"]:
         raise RowError(where, "empty_prompt", f"{name} has no user turn before the response")
+
+
+def _check_alternation(roles: list[str], name: str, where: str) -> None:
+    num_system = int(roles[0] == "system")
+    for place in range(num_system, len(roles)):
+        expected = "assistant" if (place - num_system) % 2 else "user"
+        if roles[place] != expected:
+            message = f"turn {place + 1} of prompt + {name} is the {roles[place]}'s, where the {expected}'s is due"
+            raise RowError(where, "roles", f"{message}; at most one system turn, then user and assistant in turn")
 
 
 def _turns(messages: list[Message]) -> list[Message]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_utils.formats import KNOWN_COLUMNS, missing_columns
+from data_utils.formats import KNOWN_COLUMNS, list_keys, missing_columns
 from data_utils.schema import DataError, RowError
 
 MAX_LINE_BYTES = 64 << 20
@@ -137,8 +137,8 @@ def parse_json(line: bytes | bytearray, where: str) -> object:
         row = dict(items)
         if len(row) < len(items):
             keys = [key for key, _ in items]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise RowError(where, "duplicate_key", f"the key {', '.join(twice)} comes twice in one object; keep one")
+            twice = list_keys(sorted({key for key in keys if keys.count(key) > 1}))
+            raise RowError(where, "duplicate_key", f"more than one of the key {twice} in one object; keep one")
         return row
 
     try:

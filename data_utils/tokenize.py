@@ -109,7 +109,8 @@ class PairTokenizer:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
-            raise RowError(where, "template", f"the chat template refuses the messages ({error})") from error
+            reason = " ".join(str(error).split())
+            raise RowError(where, "template", f"the chat template refuses the messages ({reason})") from error
         assert isinstance(text, str)
         return text
 

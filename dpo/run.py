@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from data_utils.loader import StepLoader
-from data_utils.shards import ShardSet, SourceSpec
-from data_utils.tokenize import PairTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.schema import Layout, PairBatch
+from data_utils.shards import ShardSet, SourceSpec
+from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
 from dpo.checkpoint import TrainerState
 from dpo.config import Config, ConfigError, DataSource
@@ -34,7 +34,6 @@ from dpo.signals import StopRequest
 from dpo.steps import AgreedStep, agree
 from dpo.terminal import Terminal, count, duration
 from dpo.world import World
-
 
 FILLER_ID = 0
 """Fills padding and idle batches; no loss ever sees it, so any id does."""
@@ -298,7 +297,6 @@ class Run:
         reasons = self.world.gather_objects(self.stop.reason if self.stop.is_requested else None)
         reason = next(reason for reason in reasons if reason is not None)
         self.log.status("stopped", done, 75, reason)
-        self.log.close()
         self.terminal.say(f"stopped at step {done} of {self.plan.num_steps} ({reason}); the same command resumes")
 
     def finish(self) -> None:
@@ -320,7 +318,6 @@ class Run:
             }
         )
         self.log.status("finished", steps, 0)
-        self.log.close()
         if after:
             self.terminal.before_after(self.totals.eval_before, after)
         self.terminal.say(f"{steps} steps, {self.totals.pairs_seen} pairs in {duration(seconds)}; model in {final}")

@@ -34,6 +34,7 @@ class RunLog:
         self._rank = world.rank
         self._config = config
         self._trackers: list[Any] = []
+        self._handler: logging.Handler | None = None
         self.attempt = int(self.read_status().get("attempt", 0)) + 1
         self.is_open = False
         self.step = 0
@@ -67,6 +68,7 @@ class RunLog:
         handler = logging.FileHandler(self.directory / "logs" / f"rank-{self._rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
+        self._handler = handler
         logging.captureWarnings(True)
         if not self.is_main:
             return
@@ -111,9 +113,12 @@ class RunLog:
             _write_atomically(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
 
     def close(self) -> None:
-        """Flush the trackers."""
+        """Flush the trackers and end the rank's log."""
         for tracker in self._trackers:
             tracker.close()
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
 
 
 class TensorBoard:

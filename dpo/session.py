@@ -37,6 +37,7 @@ def session(config: Config, train: Callable) -> int:
         if log.is_open:
             log.status("failed", log.step, code, reason)
         _end(code, reason, world.rank)
+    log.close()
     if code in (FINISHED, STOPPED, CONFIG, CHECKPOINT):
         world.leave()
     return code

@@ -84,13 +84,14 @@ class World:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every import of DeepSpeed warns that it chose it
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1:
-            if sharded:
+            if sharded and not dist.is_initialized():
                 dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
             return World(rank, size, local_rank, device, None)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ConfigError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+        if not dist.is_initialized():
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
         side_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
         return World(rank, size, local_rank, device, side_group)
 

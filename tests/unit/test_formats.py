@@ -129,3 +129,10 @@ def test_a_missing_column_lists_the_keys_and_the_nearest() -> None:
 def test_a_row_is_an_object(row: object) -> None:
     with pytest.raises(RowError, match="a row is a JSON object"):
         parse_row(json.loads(json.dumps(row)), WHERE)
+
+
+def test_strange_keys_keep_the_message_on_one_short_line() -> None:
+    row = {"a\nb" * 500: 1, "chosen": "x"} | {f"key{number}": number for number in range(99)}
+    with pytest.raises(RowError) as caught:
+        parse_row(row, WHERE)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and "and 89 more" in str(caught.value)

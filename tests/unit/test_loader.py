@@ -94,7 +94,7 @@ def test_micro_batches_hold_the_rows_they_name(tmp_path: Path) -> None:
         for batch in step.micro_batches:
             for place, index in enumerate(batch.index_B):
                 labels = batch.labels_N[batch.sequence_of_N == place].tolist()
-                assert text.decode(labels).strip() == f"sat {index}</s>"
+                assert str(text.decode(labels)).strip() == f"sat {index}</s>"
 
 
 BAD = {3: {"chosen": " "}, 8: {"rejected": "sat 8"}, 30: {"chosen": ""}, 41: {"prompt": "cat " * 99}}

@@ -1,0 +1,82 @@
+"""Trainings shared by the tests of this folder: many members of one equivalence class in two jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model, tiny_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A tiny model with training and held-out pairs, and the means to train on them.
+
+    40 pairs in steps of 12 and two epochs: eight steps, of which two are short (4 pairs), with the warm-up's first
+    step at rate 0.
+    """
+
+    folder: Path
+
+    def command(self, name: str, *flags: str) -> list[str]:
+        """Command line of train_dpo.py for a run directory of this name."""
+        return [
+            *("--model.path", str(self.folder / "model"), "--data.train", str(self.folder / "train.jsonl")),
+            *("--data.eval", str(self.folder / "eval.jsonl"), "--run.dir", str(self.folder / name)),
+            *("--batch.pairs_per_step", "12", "--train.epochs", "2", "--optim.learning_rate", "3e-3"),
+            *("--log.every_steps", "1", "--log.tensorboard", "false", *flags),
+        ]
+
+    def train(self, num_ranks: int, *commands: list[str]) -> None:
+        """Run the command lines one after another in the same ranks; all must end well or stopped on request."""
+        members = self.folder / f"members-{len(list(self.folder.iterdir()))}.json"
+        members.write_text(json.dumps(commands))
+        done = run([*launcher(num_ranks), str(ROOT / "tests/distributed/members.py"), str(members)])
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl of a run."""
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def training_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of training steps."""
+        return [row for row in self.rows(name) if "loss" in row]
+
+    def status(self, name: str) -> dict[str, Any]:
+        """status.json of a run."""
+        return json.loads((self.folder / name / "status.json").read_text())
+
+
+def launcher(num_ranks: int) -> list[str]:
+    """Command that runs a script as so many ranks."""
+    if num_ranks == 1:
+        return [sys.executable]
+    return [sys.executable, str(ROOT / "launch/local.py"), "-n", str(num_ranks)]
+
+
+def run(command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository and keep its output."""
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The shared laboratory."""
+    folder = tmp_path_factory.mktemp("lab")
+    tiny_model(folder / "model")
+    tiny_pairs(folder / "train.jsonl", 40)
+    tiny_pairs(folder / "eval.jsonl", 9, seed=1)
+    yield Lab(folder)

@@ -1,0 +1,133 @@
+"""One equivalence class (and its LoRA twin): every engine, layout and split follows one trajectory.
+
+fp32 on CPU; loss to 2e-5, gradient norm to 1e-5 relative, against one process with packed rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_utils.shards import ShardSet
+from data_utils.tokenize import PairTokenizer
+from tests.distributed.conftest import Lab
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+FSDP2 = ["--parallel.engine", "fsdp2"]
+SPLIT = ["--batch.tokens_per_micro_batch", "64"]
+KINDS = {"full": [], "lora": ["--lora.r", "4", "--optim.learning_rate", "1e-2"]}
+
+
+def deepspeed(stage: int) -> list[str]:
+    return ["--parallel.engine", "deepspeed", "--parallel.ds_config", f"ds_configs/zero{stage}.json"]
+
+
+ONE_RANK = {
+    "split": SPLIT,
+    "padded": ["--batch.layout", "padded"],
+    "padded_split": ["--batch.layout", "padded", *SPLIT],
+    "checkpointing": ["--train.gradient_checkpointing", "true"],
+    "fsdp2_alone": FSDP2,
+}
+TWO_RANKS = {
+    "fsdp2": FSDP2,
+    "fsdp2_split": [*FSDP2, *SPLIT],
+    "fsdp2_replicated": [*FSDP2, *SPLIT, "--parallel.shard_size", "1"],
+    "fsdp2_checkpointing": [*FSDP2, "--train.gradient_checkpointing", "true", "--batch.layout", "padded"],
+    "zero1": deepspeed(1),
+    "zero2": deepspeed(2),
+    "zero2_split": [*deepspeed(2), *SPLIT],
+    "zero3": deepspeed(3),
+    "zero3_split": [*deepspeed(3), *SPLIT],
+}
+MEMBERS = [*ONE_RANK, *TWO_RANKS]
+
+
+@pytest.fixture(scope="module")
+def trained(lab: Lab) -> Lab:
+    """All members of both classes, trained."""
+    one = [
+        lab.command(f"{kind}-{name}", *common, *flags)
+        for kind, common in KINDS.items()
+        for name, flags in ({"single": []} | ONE_RANK).items()
+    ]
+    two = [
+        lab.command(f"{kind}-{name}", *common, *flags)
+        for kind, common in KINDS.items()
+        for name, flags in TWO_RANKS.items()
+    ]
+    lab.train(1, *one)
+    lab.train(2, *two)
+    return lab
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_yardstick_learns_and_starts_at_ln_2(trained: Lab, kind: str) -> None:
+    rows = trained.training_rows(f"{kind}-single")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert rows[-1]["loss"] < 0.66
+    assert rows[-1]["pairs_seen"] == 80
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_follows_one_trajectory(trained: Lab, kind: str, member: str) -> None:
+    expected, rows = trained.training_rows(f"{kind}-single"), trained.training_rows(f"{kind}-{member}")
+    assert len(rows) == len(expected) == 8
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "learning_rate", "pairs_seen"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("member", ["single", *MEMBERS])
+def test_the_export_gives_the_evaluated_logps_in_plain_transformers(trained: Lab, kind: str, member: str) -> None:
+    name = f"{kind}-{member}"
+    evaluated = trained.rows(name)[-1]
+    chosen, rejected = mean_logps(trained, load_final(trained, name))
+    assert chosen == pytest.approx(evaluated["eval_logps/chosen"], abs=2e-4)
+    assert rejected == pytest.approx(evaluated["eval_logps/rejected"], abs=2e-4)
+
+
+def load_final(lab: Lab, name: str) -> torch.nn.Module:
+    final = lab.folder / name / "final"
+    if not (final / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(final)
+    base = AutoModelForCausalLM.from_pretrained(lab.folder / "model")
+    return PeftModel.from_pretrained(base, str(final))
+
+
+@torch.no_grad()
+def mean_logps(lab: Lab, model: torch.nn.Module) -> tuple[float, float]:
+    """Mean log-probs of the held-out responses under a stock model, one sequence at a time."""
+    shards = ShardSet.open([str(lab.folder / "eval.jsonl")])
+    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(lab.folder / "model"), max_length=256)
+    sums = [0.0, 0.0]
+    for index in range(len(shards)):
+        pair = tokenize(shards.pair(index), index)
+        for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            ids = torch.tensor([pair.prompt_ids + response])
+            log_softmax = model(ids).logits[0, :-1].double().log_softmax(-1)
+            sums[side] += log_softmax.gather(1, ids[0, 1:, None])[len(pair.prompt_ids) - 1 :].sum().item()
+    return sums[0] / len(shards), sums[1] / len(shards)
+
+
+def test_merged_export_equals_the_adapter(lab: Lab) -> None:
+    lab.train(1, lab.command("merged", *KINDS["lora"], "--export.merge_lora", "true"))
+    assert not (lab.folder / "merged" / "final" / "adapter_config.json").exists()
+    chosen, _ = mean_logps(lab, load_final(lab, "merged"))
+    assert chosen == pytest.approx(lab.rows("merged")[-1]["eval_logps/chosen"], abs=2e-4)
+
+
+def test_final_holds_safetensors_only(trained: Lab) -> None:
+    for name in ("full-zero3", "lora-fsdp2", "full-single"):
+        files = {path.suffix for path in Path(trained.folder / name / "final").iterdir()}
+        assert ".safetensors" in files and not files & {".bin", ".pt", ".pth", ".pkl"}

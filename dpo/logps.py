@@ -26,26 +26,32 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
-    def __call__(self, raw_RV: Tensor) -> Tensor:
-        """The model's logits, in the dtype of the input."""
-        scaled_RV = raw_RV if self.scale == 1.0 else raw_RV * self.scale
-        return scaled_RV if self.softcap is None else self.softcap * torch.tanh(scaled_RV / self.softcap)
+    def apply_(self, raw_RV: Tensor) -> Tensor:
+        """The model's logits, in place."""
+        if self.scale != 1.0:
+            raw_RV.mul_(self.scale)
+        return raw_RV if self.softcap is None else raw_RV.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def slope(self, logits_RV: Tensor) -> Tensor | float:
-        """d logits / d raw, as a function of the logits."""
-        return self.scale if self.softcap is None else self.scale * (1 - (logits_RV / self.softcap) ** 2)
+        """d logits / d raw, as a function of the logits; a new (R, V) tensor where there is a soft cap."""
+        if self.softcap is None:
+            return self.scale
+        return (logits_RV / self.softcap).square_().neg_().add_(1).mul_(self.scale)
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
-    """Rows whose logits, in fp32 and in the head's dtype, stay below `CHUNK_BYTES` together (at least one row)."""
+def chunk_rows(vocabulary: int, dtype: torch.dtype, with_softcap: bool = False) -> int:
+    """Rows whose logits stay below `CHUNK_BYTES` with all their copies alive at once (at least one row).
+
+    The copies: fp32, the head's own dtype, and fp32 again for the slope of a soft cap.
+    """
     bytes_per_logit = 4 if dtype == torch.float32 else 4 + dtype.itemsize
-    return max(1, CHUNK_BYTES // (vocabulary * bytes_per_logit))
+    return max(1, CHUNK_BYTES // (vocabulary * (bytes_per_logit + 4 * with_softcap)))
 
 
 def _logits(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, transform: LogitTransform) -> Tensor:
-    """(R, V) logits in fp32 (fp64 for an fp64 head)."""
+    """(R, V) logits in fp32 (fp64 for an fp64 head), a tensor of its own."""
     raw_RV = F.linear(hidden_RH, weight_VH, bias_V)
-    return transform(raw_RV.to(torch.promote_types(raw_RV.dtype, torch.float32)))
+    return transform.apply_(raw_RV.to(torch.promote_types(raw_RV.dtype, torch.float32)))
 
 
 def _raw_gradient(probs_RV: Tensor, labels_R: Tensor, slope: Tensor | float) -> Tensor:
@@ -53,6 +59,62 @@ def _raw_gradient(probs_RV: Tensor, labels_R: Tensor, slope: Tensor | float) -> 
     gradient_RV = probs_RV.neg_()
     gradient_RV.scatter_add_(1, labels_R[:, None], torch.ones_like(gradient_RV[:, :1]))
     return gradient_RV if isinstance(slope, float) and slope == 1.0 else gradient_RV.mul_(slope)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What scoring R rows leaves behind; none of it has a vocabulary's width.
+
+    token_logps_R, log_partition_R; statistic_R and unit_gradient_RH (d logp / d hidden) where they were asked for.
+    """
+
+    token_logps_R: Tensor
+    log_partition_R: Tensor
+    statistic_R: Tensor | None
+    unit_gradient_RH: Tensor | None
+
+
+def _score_chunk(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_R: Tensor,
+    transform: LogitTransform,
+    with_statistic: bool,
+    with_gradient: bool,
+) -> _Chunk:
+    """Score R rows; a function of its own, so that its logits are gone before the next chunk's are formed."""
+    logits_RV = _logits(hidden_RH, weight_VH, bias_V, transform)
+    slope = transform.slope(logits_RV) if with_gradient else 1.0
+    picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
+    max_R1 = logits_RV.amax(1, keepdim=True)
+    exp_RV = logits_RV.sub_(max_R1).exp_()
+    sum_R1 = exp_RV.sum(1, keepdim=True)
+    log_partition_R = (max_R1 + sum_R1.log()).squeeze(1)
+    statistic_R = None
+    if with_statistic:
+        statistic_R = 2 * (torch.linalg.vector_norm(exp_RV, dim=1).log() - sum_R1.squeeze(1).log())
+    unit_gradient_RH = None
+    if with_gradient:
+        raw_RV = _raw_gradient(exp_RV.div_(sum_R1), labels_R, slope)
+        unit_gradient_RH = raw_RV.to(weight_VH.dtype) @ weight_VH
+    return _Chunk(picked_R - log_partition_R, log_partition_R, statistic_R, unit_gradient_RH)
+
+
+def _raw_gradient_again(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_R: Tensor,
+    transform: LogitTransform,
+    log_partition_R: Tensor,
+    gradient_R: Tensor,
+) -> Tensor:
+    """(R, V) gradient with respect to the raw logits, from logits computed once more."""
+    logits_RV = _logits(hidden_RH, weight_VH, bias_V, transform)
+    slope = transform.slope(logits_RV)
+    probs_RV = logits_RV.sub_(log_partition_R[:, None]).exp_()
+    return _raw_gradient(probs_RV, labels_R, slope).mul_(gradient_R[:, None])
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -68,7 +130,7 @@ class _TokenLogps(torch.autograd.Function):
         transform: LogitTransform,
         with_statistic: bool,
     ) -> tuple[Tensor, Tensor]:
-        size = chunk_rows(weight_VH.shape[0], weight_VH.dtype)
+        size = chunk_rows(weight_VH.shape[0], weight_VH.dtype, transform.softcap is not None)
         wants_hidden, head_is_frozen = ctx.needs_input_grad[0], not ctx.needs_input_grad[1]
         gradient_now = wants_hidden and head_is_frozen
         dtype = torch.promote_types(weight_VH.dtype, torch.float32)
@@ -78,19 +140,14 @@ class _TokenLogps(torch.autograd.Function):
         unit_gradient_NH = torch.empty_like(hidden_NH) if gradient_now else None
         for start in range(0, len(labels_N), size):
             rows = slice(start, start + size)
-            logits_RV = _logits(hidden_NH[rows], weight_VH, bias_V, transform)
-            slope = transform.slope(logits_RV) if gradient_now else 1.0
-            picked_R = logits_RV.gather(1, labels_N[rows, None]).squeeze(1)
-            max_R1 = logits_RV.amax(1, keepdim=True)
-            exp_RV = logits_RV.sub_(max_R1).exp_()
-            sum_R1 = exp_RV.sum(1, keepdim=True)
-            log_partition_N[rows] = (max_R1 + sum_R1.log()).squeeze(1)
-            token_logps_N[rows] = picked_R - log_partition_N[rows]
-            if with_statistic:
-                statistic_N[rows] = exp_RV.square().sum(1).log() - 2 * sum_R1.squeeze(1).log()
-            if unit_gradient_NH is not None:
-                raw_RV = _raw_gradient(exp_RV.div_(sum_R1), labels_N[rows], slope)
-                unit_gradient_NH[rows] = raw_RV.to(weight_VH.dtype) @ weight_VH
+            chunk = _score_chunk(
+                hidden_NH[rows], weight_VH, bias_V, labels_N[rows], transform, with_statistic, gradient_now
+            )
+            token_logps_N[rows], log_partition_N[rows] = chunk.token_logps_R, chunk.log_partition_R
+            if chunk.statistic_R is not None:
+                statistic_N[rows] = chunk.statistic_R
+            if unit_gradient_NH is not None and chunk.unit_gradient_RH is not None:
+                unit_gradient_NH[rows] = chunk.unit_gradient_RH
         ctx.transform, ctx.chunk = transform, size
         ctx.mark_non_differentiable(statistic_N)
         if unit_gradient_NH is not None:
@@ -112,10 +169,15 @@ class _TokenLogps(torch.autograd.Function):
         bias_gradient_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=gradient_N.dtype)
         for start in range(0, len(labels_N), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logits_RV = _logits(hidden_NH[rows], weight_VH, bias_V, ctx.transform)
-            slope = ctx.transform.slope(logits_RV)
-            probs_RV = logits_RV.sub_(log_partition_N[rows, None]).exp_()
-            raw_RV = _raw_gradient(probs_RV, labels_N[rows], slope).mul_(gradient_N[rows, None])
+            raw_RV = _raw_gradient_again(
+                hidden_NH[rows],
+                weight_VH,
+                bias_V,
+                labels_N[rows],
+                ctx.transform,
+                log_partition_N[rows],
+                gradient_N[rows],
+            )
             if bias_gradient_V is not None:
                 bias_gradient_V += raw_RV.sum(0)
             raw_RV = raw_RV.to(weight_VH.dtype)
@@ -124,6 +186,7 @@ class _TokenLogps(torch.autograd.Function):
                 weight_gradient_VH.addmm_(raw_RV.T, hidden_NH[rows])
             else:
                 weight_gradient_VH += raw_RV.T @ hidden_NH[rows]
+            del raw_RV  # before the next chunk's logits
         weight_gradient_VH = weight_gradient_VH.to(weight_VH.dtype)
         if bias_V is not None and bias_gradient_V is not None:
             bias_gradient_V = bias_gradient_V.to(bias_V.dtype)

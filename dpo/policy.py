@@ -23,6 +23,7 @@ from dpo.config import Config, ConfigError, LoraSection
 from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
 
 _STATELESS_LAYERS = {"full_attention", "sliding_attention"}
+_LAYER_KEYS = ("layer_types", "layers_block_type", "block_types")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class Pretrained:
         """Scale and soft cap that this model applies to its head's output (the start-up check proves it)."""
         values = self.text_config.to_dict()
         scale = (values.get("logit_scale") or 1.0) / (values.get("logits_scaling") or 1.0)
-        return LogitTransform(float(scale), values.get("final_logit_softcapping"))
+        scale *= values.get("lm_head_multiplier") or 1.0
+        softcap = values.get("final_logit_softcapping") or values.get("logits_soft_cap")
+        return LogitTransform(float(scale), softcap)
 
     def empty(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model on the meta device: shapes without storage."""
@@ -112,8 +115,9 @@ class Pretrained:
 
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether all layers are attention that can keep packed documents apart (no state, no chunks)."""
-    layer_types = model.config.get_text_config().to_dict().get("layer_types") or []
-    return set(layer_types) <= _STATELESS_LAYERS and model._supports_attention_backend
+    values = model.config.get_text_config().to_dict()
+    layers = {layer for key in _LAYER_KEYS for layer in values.get(key) or []}
+    return layers <= _STATELESS_LAYERS and model._supports_attention_backend
 
 
 def _first_line(error: Exception) -> str:

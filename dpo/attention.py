@@ -8,6 +8,8 @@ never be left to infer documents from `position_ids`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 DOCUMENTS = "dpo_documents"
+_LARGEST_FLASH_HEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,22 @@ def _one_document(
     )
 
 
+@cache
+def _grouped_heads() -> dict[str, bool]:
+    """How `varlen_attn` is told of fewer key heads than query heads: torch 2.11 takes them as they are and has no such
+    argument, later releases refuse them without it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+def _fits_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether the flash kernels take this dtype and these heads."""
+    size = query.shape[-1]
+    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and size == value.shape[-1] and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
+
+
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None
 ) -> Tensor:
@@ -105,13 +124,11 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     assert documents.cumulative is not None
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     longest = max(documents.lengths)
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    lengths = (documents.cumulative, documents.cumulative, longest, longest)
     left = -1 if window is None else window - 1
-    offsets = documents.cumulative
-    attended = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=(left, 0))
+    attended = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(left, 0), **_grouped_heads())
     assert isinstance(attended, Tensor)
     return attended[None]
 
@@ -140,8 +157,8 @@ def documents_attention(
     assert query.shape[0] == 1 and dropout == 0.0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     documents = documents or Documents.of((query.shape[2],), query.device)
-    is_plain = softcap is None and s_aux is None and query.shape[-1] == value.shape[-1]
-    if documents.cumulative is not None and is_plain and query.dtype in (torch.bfloat16, torch.float16):
+    is_plain = softcap is None and s_aux is None
+    if documents.cumulative is not None and is_plain and _fits_varlen(query, value):
         return _varlen(query, key, value, documents, scale, sliding_window), None
     parts = zip(*(tensor.split(documents.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     attended = [_one_document(q, k, v, scale, sliding_window, softcap, s_aux) for q, k, v in parts]

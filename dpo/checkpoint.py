@@ -138,7 +138,7 @@ def _random_state(world: World) -> dict[str, torch.Tensor]:
 
 def _set_random_state(state: dict[str, torch.Tensor], world: World) -> None:
     torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and "cuda" in state:  # a checkpoint written on CPU has none
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 

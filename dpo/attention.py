@@ -102,7 +102,7 @@ def _one_document(
 
 
 @cache
-def _grouped_heads() -> dict[str, bool]:
+def _grouped_heads() -> dict[str, Any]:
     """How `varlen_attn` is told of fewer key heads than query heads: torch 2.11 takes them as they are and has no such
     argument, later releases refuse them without it."""
     from torch.nn.attention.varlen import varlen_attn

@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import driver, git, write_record
 from benchmarks.smoke_plan import (
     LEARNS,
     LORA_RANK,
@@ -44,6 +42,7 @@ from benchmarks.smoke_plan import (
     throughput,
     within,
 )
+from benchmarks.smoke_process import Worker
 
 RECORDS = ROOT / "benchmarks" / "records"
 PROGRESS_S = 15.0
@@ -108,10 +107,10 @@ class Suite:
             "state": "running",
             **({"note": CPU_NOTE} if options.device == "cpu" else {}),
             "command": shlex.join(["benchmarks/gpu_smoke.sh", *argv]),
-            "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(_git("status", "--porcelain")),
+            "commit": git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(git("status", "--porcelain")),
             "size": options.size,
-            "driver": _driver() if options.device == "cuda" else None,
+            "driver": driver() if options.device == "cuda" else None,
             "settings": {"lora_rank": LORA_RANK, "timed_steps": TIMED_STEPS, "window": TIMED_WINDOW},
             "peak_bf16_flops": PEAK_BF16_FLOPS,
             "mfu_formula": MFU_NOTE,
@@ -121,7 +120,11 @@ class Suite:
     # ---- running
 
     def run(self) -> None:
-        """Every wanted task, in order, until the budget is spent."""
+        """Every wanted task, in order, until the budget is spent.
+
+        Raises:
+            Refusal: nothing is wanted, or there is no such device.
+        """
         tasks = [Task("build", "build"), *(task for task in self._wanted() if not self._misses(task))]
         while tasks:
             together = 1 if _is_timed(tasks[0]) else next((n for n, t in enumerate(tasks) if _is_timed(t)), len(tasks))
@@ -151,7 +154,9 @@ class Suite:
             for task in tasks:
                 self._note(task.name, "not run", f"the budget of {self.options.budget_s:g} s is spent")
             return []
-        worker = Worker(self.folder / f"worker-{self.num_workers}", self.options, self.folder, tasks)
+        worker = Worker(
+            self.folder / f"worker-{self.num_workers}", self.options.device, self.options.size, self.folder, tasks
+        )
         self.num_workers += 1
         waiting, told = list(tasks), time.monotonic()
         while True:
@@ -290,10 +295,7 @@ class Suite:
             return
         counts = Counter(check["status"] for check in self.checks)
         document = self.record | {"seconds": self._seconds(), "counts": dict(counts), "checks": self.checks}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.part")
-        aside.write_text(json.dumps(_jsonable(document), indent=1, allow_nan=False) + "\n")
-        os.replace(aside, self.path)
+        write_record(self.path, document)
 
     def finish(self) -> int:
         """Write the end of the record; returns the exit code."""
@@ -320,57 +322,6 @@ def _is_timed(task: Task) -> bool:
     return task.name.startswith("throughput/")
 
 
-class Worker:
-    """One process of benchmarks/smoke_worker.py, its events and its output."""
-
-    def __init__(self, folder: Path, options: argparse.Namespace, root: Path, tasks: list[Task]) -> None:
-        folder.mkdir()
-        self._events, self._log = folder / "events.jsonl", folder / "output.log"
-        self._events.touch()
-        self._read, self._task_since = 0, time.monotonic()
-        job = {"device": options.device, "size": options.size, "folder": str(root), "tasks": list(map(asdict, tasks))}
-        (folder / "tasks.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "benchmarks.smoke_worker", str(folder / "tasks.json"), str(self._events)]
-        search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"PYTHONPATH": search, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def events(self) -> list[dict[str, Any]]:
-        """Events since the last call; an "end" carries the seconds that its task took."""
-        with self._events.open() as file:
-            file.seek(self._read)
-            text = file.read()
-        complete = text[: text.rfind("\n") + 1]
-        self._read += len(complete.encode())
-        events = [json.loads(line) for line in complete.splitlines()]
-        for event in events:
-            event["seconds"] = round(self.task_s(), 1)
-            self._task_since = time.monotonic()
-        return events
-
-    def task_s(self) -> float:
-        """Seconds since the last event."""
-        return time.monotonic() - self._task_since
-
-    def ended(self) -> int | None:
-        """The exit code, or None while it runs."""
-        return self._process.poll()
-
-    def wait(self) -> int:
-        """Wait for its end."""
-        return self._process.wait()
-
-    def kill(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
-
-    def last_words(self) -> str:
-        """The last lines that it wrote."""
-        return " | ".join(self._log.read_text(errors="replace").split("\n")[-6:])[-600:]
-
-
 def _short(measured: dict[str, Any]) -> str:
     """Some of the numbers, for the terminal."""
     if measured and all(isinstance(value, dict) for value in measured.values()):
@@ -380,28 +331,6 @@ def _short(measured: dict[str, Any]) -> str:
     shown = ("loss", "grad_norm", "first_loss", "learned", "syncs", "added_by_splitting", "tokens_per_second", "mfu",
              "peak_memory_gib", "times_single")  # fmt: skip
     return " ".join(f"{key} {measured[key]:.3g}" for key in shown if measured.get(key) is not None)
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no infinities: a number that is none becomes null."""
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.cuda.nccl
 
 from benchmarks import attention_check
 from benchmarks.random_model import Shape, describe, write_model, write_pairs
@@ -40,7 +41,7 @@ STOPPED = 75
 
 def main(tasks_path: str, events_path: str) -> int:
     """Do all tasks; each writes its events at once."""
-    World.leave = lambda world: None  # DeepSpeed keeps groups for the life of a process, so all members share one
+    World.leave = lambda self: None  # DeepSpeed keeps groups for the life of a process, so all members share one
     job = json.loads(Path(tasks_path).read_text())
     with open(events_path, "a") as events:
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_utils.loader import StepLoader
 from data_utils.order import Order
-from data_utils.schema import Layout, PairBatch
+from data_utils.schema import Layout, PairBatch, RowError
 from data_utils.shards import ShardSet, SourceSpec
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
 from dpo.checkpoint import TrainerState
 from dpo.config import Config, ConfigError, DataSource
+from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
 from dpo.evaluate import Evaluator
 from dpo.export import export
@@ -28,7 +31,7 @@ from dpo.metrics import Tally, Throughput, flops_per_token, means, peak_flops
 from dpo.objective import Objective
 from dpo.plan import learning_rate, make_plan
 from dpo.policy import Pretrained, add_lora, can_pack, trainable_share
-from dpo.reference import Reference, build_reference
+from dpo.reference import Reference, build_reference, open_reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
 from dpo.steps import AgreedStep, agree
@@ -55,6 +58,7 @@ class Run:
 
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest) -> None:
         self.config, self.world, self.log, self.stop = config, world, log, stop
+        transformers.utils.logging.disable_progress_bar()
         self.terminal = Terminal(world.is_main)
         self.shards = _open_shards(config.data.train, config, world)
         self.plan = make_plan(config, world.size, len(self.shards))
@@ -62,7 +66,11 @@ class Run:
         self.source = Pretrained.open(
             config.model.path, config.model.attn_implementation, config.model.trust_remote_code
         )
+        reference_source = open_reference(config, self.source)
+        if config.parallel.ds_config is not None:
+            read_ds_json(config.parallel.ds_config)
         self.tokenizer = _open_tokenizer(config)
+        self._probe_tokenizer()
         self.layout = choose_layout(config, self.source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
         held_out = _open_shards(config.data.eval, config, world) if config.data.eval else None
@@ -71,7 +79,7 @@ class Run:
         self.objective = Objective(config.loss)
         self.engine: Engine = build_engine(Build(config, self.plan, world, self.source, self.layout, self.dtype))
         self._check_scoring()
-        self.reference: Reference = build_reference(config, self.source, self.engine)
+        self.reference: Reference = build_reference(config, reference_source, self.engine)
         self.loader = self._loader(self.shards, self.order)
         self.evaluator = None if held_out is None else self._evaluator(held_out)
         trainable, parameters = trainable_share(self.engine.policy)
@@ -103,12 +111,20 @@ class Run:
     def _worst(self, gap: float) -> float:
         return max(self.world.gather_objects(gap))
 
-    def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
+    def _probe_tokenizer(self) -> None:
+        """Tokenize one row before any weights are read: a missing chat template shows now, not after minutes."""
+        with contextlib.suppress(RowError):  # this row's own fault, which the loader handles
+            self._pair_tokenizer()(self.shards.pair(0), 0)
+
+    def _pair_tokenizer(self) -> PairTokenizer:
         positions = self.source.max_positions
         max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
+        return PairTokenizer(self.tokenizer, max_length)
+
+    def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
         return StepLoader(
             shards,
-            PairTokenizer(self.tokenizer, max_length),
+            self._pair_tokenizer(),
             order,
             rank=self.world.rank,
             world_size=self.world.size,

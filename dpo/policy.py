@@ -177,6 +177,12 @@ class Policy(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
     @property
+    def backbone(self) -> nn.Module:
+        """What turns token ids into hidden states. (Llama 4's text model calls it `model` but is its own base model.)"""
+        base = self.causal_lm.base_model
+        return base if base is not self.causal_lm else self.causal_lm.get_submodule("model")
+
+    @property
     def head(self) -> nn.Module:
         """The output head."""
         head = self.causal_lm.get_output_embeddings()
@@ -238,7 +244,7 @@ class Policy(nn.Module):
             inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
         else:
             inputs = {"attention_mask": batch.attention_mask_RT}
-        return self.causal_lm.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+        return self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
 
     def _score_by_own_logits(self, batch: PairBatch) -> Tensor:
         """(S,) log-probs from the model's own logits, one unpadded sequence at a time."""

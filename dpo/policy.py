@@ -178,7 +178,7 @@ class Policy(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """What turns token ids into hidden states. (Llama 4's text model calls it `model` but is its own base model.)"""
+        """Token ids to hidden states. (Llama 4 has it as `model`, but names itself as its base model.)"""
         base = self.causal_lm.base_model
         return base if base is not self.causal_lm else self.causal_lm.get_submodule("model")
 

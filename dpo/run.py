@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.schema import Layout, PairBatch, RowError
-from data_utils.shards import ShardSet, SourceSpec
+from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
+from dpo.build import choose_layout, open_shards, open_tokenizer
 from dpo.checkpoint import TrainerState
-from dpo.config import Config, ConfigError, DataSource
+from dpo.config import Config, ConfigError
 from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
 from dpo.evaluate import Evaluator
@@ -30,7 +30,7 @@ from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, flops_per_token, means, peak_flops
 from dpo.objective import Objective
 from dpo.plan import learning_rate, make_plan
-from dpo.policy import Pretrained, add_lora, can_pack, trainable_share
+from dpo.policy import Pretrained, trainable_share
 from dpo.reference import Reference, build_reference, open_reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
@@ -60,7 +60,7 @@ class Run:
         self.config, self.world, self.log, self.stop = config, world, log, stop
         transformers.utils.logging.disable_progress_bar()
         self.terminal = Terminal(world.is_main)
-        self.shards = _open_shards(config.data.train, config, world)
+        self.shards = open_shards(config.data.train, config, world)
         self.plan = make_plan(config, world.size, len(self.shards))
         self.order = Order(len(self.shards), config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
         self.source = Pretrained.open(
@@ -69,11 +69,11 @@ class Run:
         reference_source = open_reference(config, self.source)
         if config.parallel.ds_config is not None:
             read_ds_json(config.parallel.ds_config)
-        self.tokenizer = _open_tokenizer(config)
+        self.tokenizer = open_tokenizer(config)
         self._probe_tokenizer()
         self.layout = choose_layout(config, self.source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
-        held_out = _open_shards(config.data.eval, config, world) if config.data.eval else None
+        held_out = open_shards(config.data.eval, config, world) if config.data.eval else None
         log.open(world)
         log.status("running", 0)
         self.objective = Objective(config.loss)
@@ -345,49 +345,3 @@ def _before_after(name: str, key: str, before: dict[str, float], after: dict[str
 
 def _due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
-
-
-def _open_shards(sources: tuple[str | DataSource, ...], config: Config, world: World) -> ShardSet:
-    """The shards of a source list; with on_bad_row=error every row is parsed now, each rank taking its share.
-
-    Raises:
-        DataError: a file is missing or a row cannot be used, on every rank alike.
-    """
-    specs = [entry if isinstance(entry, str) else SourceSpec(entry.path, entry.name) for entry in sources]
-    shards = world.together(lambda: ShardSet.open(specs))
-
-    def check() -> None:
-        for problem in shards.check(range(world.rank, len(shards), world.size)):
-            raise problem
-
-    if config.data.on_bad_row == "error":
-        world.together(check)
-    return shards
-
-
-def _open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        message = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
-
-
-def choose_layout(config: Config, source: Pretrained) -> Layout:
-    """`batch.layout`, with auto decided by the model; also refuses LoRA targets and heads before weights are read.
-
-    Raises:
-        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing.
-    """
-    empty = source.empty(torch.float32)
-    packs = can_pack(empty)
-    if config.batch.layout == "packed" and not packs:
-        raise ConfigError(
-            f"batch.layout=packed: layers of {config.model.path} carry state across rows: set --batch.layout padded"
-        )
-    layout: Layout = "packed" if packs and config.model.attn_implementation is None else "padded"
-    layout = layout if config.batch.layout == "auto" else config.batch.layout
-    if config.lora.r:
-        with torch.device("meta"):
-            add_lora(empty, config.lora, config.train.seed)
-    return layout

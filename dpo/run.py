@@ -154,10 +154,10 @@ class Run:
             ConfigError: the data are not those of the checkpoint.
             CheckpointError: it cannot be used.
         """
-        if self.config.checkpoint.resume == "never":
-            return 0
-        found = checkpoint.find(self._checkpoints, self.config.checkpoint.resume, self.world)
+        resume = self.config.checkpoint.resume
+        found = None if resume == "never" else checkpoint.find(self._checkpoints, resume, self.world)
         if found is None:
+            self.log.rewind(-1)
             return 0
         path, state = found
         checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained)
@@ -166,7 +166,7 @@ class Run:
                 f"data.train: not the shards of {path}: restore them, or set --checkpoint.allow_changes data.train"
             )
         checkpoint.restore(path, self.engine, self.world)
-        self.log.rewind(state.step)
+        self.log.rewind(state.step or -1)  # from step 0 the evaluation before training is made again
         if self.world.is_main:
             self.tally.add_sums(state.sums, state.num_pairs)
         self._steps_skipped += state.steps_skipped

@@ -181,7 +181,6 @@ class SingleEngine(TorchEngine):
 
     def __init__(self, build: Build) -> None:
         self.device, self.dtype = build.world.device, build.dtype
-        self.layout: Layout = build.layout
         policy = trained_policy(build.source, build.config, build.layout, build.dtype).to(self.device)
         self.computing = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         masters = self.computing if build.dtype == torch.float32 else self._split_masters()
@@ -221,7 +220,7 @@ class SingleEngine(TorchEngine):
 
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`."""
-        model = frozen_policy(source, self.layout, self.dtype)
+        model = frozen_policy(source, self.policy.layout, self.dtype)
         model.to("cpu" if offload else self.device)
 
         @torch.no_grad()

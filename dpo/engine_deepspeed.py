@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from data_utils.schema import Layout, PairBatch
+from data_utils.schema import PairBatch
 from dpo.ds_json import complete_ds_json, read_ds_json
 from dpo.engine import Build, Scorer, StepResult, make_optimizer
 from dpo.logps import HeadStatistic
@@ -40,7 +40,6 @@ class DeepSpeedEngine:
         assert build.config.parallel.ds_config is not None
         _join(build)
         self.world, self.dtype = build.world, build.dtype
-        self.layout: Layout = build.layout
         self.settings = complete_ds_json(
             read_ds_json(build.config.parallel.ds_config),
             dtype="bfloat16" if build.dtype == torch.bfloat16 else "float32",
@@ -83,7 +82,7 @@ class DeepSpeedEngine:
 
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
-        model: Any = frozen_policy(source, self.layout, self.dtype)
+        model: Any = frozen_policy(source, self.policy.layout, self.dtype)
         if self.stage == 3:
             zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
             model, *_ = deepspeed.initialize(model=model, config=self.settings | {"zero_optimization": zero})

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data_utils.schema import Layout, PairBatch
+from data_utils.schema import PairBatch
 from dpo.engine import Build, Scorer, TorchEngine
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 from dpo.world import World
@@ -64,7 +64,6 @@ class FSDP2Engine(TorchEngine):
 
     def __init__(self, build: Build) -> None:
         self.world, self.dtype = build.world, build.dtype
-        self.layout: Layout = build.layout
         self.mesh = make_mesh(build.world, build.plan.shard_size)
         arguments = (build.source, build.config, build.layout, build.dtype)
         full = trained_policy(*arguments) if build.world.is_main else None
@@ -92,7 +91,7 @@ class FSDP2Engine(TorchEngine):
 
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`."""
-        arguments = (source, self.layout, self.dtype)
+        arguments = (source, self.policy.layout, self.dtype)
         full = frozen_policy(*arguments) if self.world.is_main else None
         model = frozen_policy(*arguments, empty=True)
         on_gpu = self.world.device.type == "cuda"

@@ -33,16 +33,20 @@ class Pretrained:
     Attributes:
         config: its configuration with every dropout at 0.
         dropouts: the dropout settings as published, which an export restores.
+        key: the config key that names it, for messages.
     """
 
     path: str
     config: PretrainedConfig
     dropouts: dict[str, float]
     trust_remote_code: bool
+    key: str = "model.path"
 
     @staticmethod
-    def open(path: str, attn_implementation: str | None = None, trust_remote_code: bool = False) -> Pretrained:
-        """Read the configuration of `path`.
+    def open(
+        path: str, attn_implementation: str | None = None, trust_remote_code: bool = False, key: str = "model.path"
+    ) -> Pretrained:
+        """Read the configuration of `path`, which `key` of the config names.
 
         Raises:
             ConfigError: there is no such model, or it needs code that is not trusted.
@@ -50,20 +54,20 @@ class Pretrained:
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local and not (Path(path) / "config.json").is_file():
             raise ConfigError(
-                f"model.path={path}: no config.json there; give a folder written by save_pretrained or a hub name"
+                f"{key}={path}: no config.json there; give a folder written by save_pretrained or a hub name"
             )
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={path}: {_first_line(error)}") from error
+            raise ConfigError(f"{key}={path}: {_first_line(error)}") from error
         text_config = config.get_text_config()
         dropouts = {
             key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)
         }
         for key in dropouts:
             setattr(text_config, key, 0.0)
-        return Pretrained(path, config, dropouts, trust_remote_code)
+        return Pretrained(path, config, dropouts, trust_remote_code, key)
 
     def restore_dropouts(self, config: PretrainedConfig) -> None:
         """Put the published dropout settings back into a configuration that is to be saved."""
@@ -110,7 +114,7 @@ class Pretrained:
                 use_safetensors=safetensors_only,
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={self.path}: {_first_line(error)}") from error
+            raise ConfigError(f"{self.key}={self.path}: {_first_line(error)}") from error
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -171,6 +175,12 @@ class Policy(nn.Module):
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, without PEFT's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Token ids to hidden states. (Llama 4 has it as `model`, but names itself as its base model.)"""
+        base = self.causal_lm.base_model
+        return base if base is not self.causal_lm else self.causal_lm.get_submodule("model")
 
     @property
     def head(self) -> nn.Module:
@@ -234,7 +244,7 @@ class Policy(nn.Module):
             inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
         else:
             inputs = {"attention_mask": batch.attention_mask_RT}
-        return self.causal_lm.base_model(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+        return self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
 
     def _score_by_own_logits(self, batch: PairBatch) -> Tensor:
         """(S,) log-probs from the model's own logits, one unpadded sequence at a time."""

@@ -27,18 +27,22 @@ class Reference:
         return self._scorer(batch)
 
 
-def build_reference(config: Config, source: Pretrained, engine: Engine) -> Reference:
-    """The reference that the config asks for.
+def open_reference(config: Config, source: Pretrained) -> Pretrained:
+    """The model that serves as the reference: `reference.path`, or the policy's own starting weights.
 
     Raises:
-        ValueError: `reference.path` is no model.
+        ConfigError: `reference.path` is no model.
     """
+    if config.reference.path is None:
+        return source
+    model = config.model
+    return Pretrained.open(config.reference.path, model.attn_implementation, model.trust_remote_code, "reference.path")
+
+
+def build_reference(config: Config, source: Pretrained, engine: Engine) -> Reference:
+    """The reference that the config asks for; `source` is what `open_reference` gave."""
     if config.reference_source == "adapter_off":
         return Reference(_adapter_off(engine))
-    if config.reference.path is not None:
-        source = Pretrained.open(
-            config.reference.path, config.model.attn_implementation, config.model.trust_remote_code
-        )
     return Reference(engine.frozen_scorer(source, config.reference.offload))
 
 

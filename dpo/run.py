@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_utils.loader import StepLoader
 from data_utils.order import Order
-from data_utils.schema import Layout, PairBatch
-from data_utils.shards import ShardSet, SourceSpec
+from data_utils.schema import Layout, PairBatch, RowError
+from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
+from dpo.build import choose_layout, open_shards, open_tokenizer
 from dpo.checkpoint import TrainerState
-from dpo.config import Config, ConfigError, DataSource
+from dpo.config import Config, ConfigError
+from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
 from dpo.evaluate import Evaluator
 from dpo.export import export
@@ -27,8 +30,8 @@ from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, flops_per_token, means, peak_flops
 from dpo.objective import Objective
 from dpo.plan import learning_rate, make_plan
-from dpo.policy import Pretrained, add_lora, can_pack, trainable_share
-from dpo.reference import Reference, build_reference
+from dpo.policy import Pretrained, trainable_share
+from dpo.reference import Reference, build_reference, open_reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
 from dpo.steps import AgreedStep, agree
@@ -55,23 +58,28 @@ class Run:
 
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest) -> None:
         self.config, self.world, self.log, self.stop = config, world, log, stop
+        transformers.utils.logging.disable_progress_bar()
         self.terminal = Terminal(world.is_main)
-        self.shards = _open_shards(config.data.train, config, world)
+        self.shards = open_shards(config.data.train, config, world)
         self.plan = make_plan(config, world.size, len(self.shards))
         self.order = Order(len(self.shards), config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
         self.source = Pretrained.open(
             config.model.path, config.model.attn_implementation, config.model.trust_remote_code
         )
-        self.tokenizer = _open_tokenizer(config)
+        reference_source = open_reference(config, self.source)
+        if config.parallel.ds_config is not None:
+            read_ds_json(config.parallel.ds_config)
+        self.tokenizer = open_tokenizer(config)
+        self._probe_tokenizer()
         self.layout = choose_layout(config, self.source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
-        held_out = _open_shards(config.data.eval, config, world) if config.data.eval else None
+        held_out = open_shards(config.data.eval, config, world) if config.data.eval else None
         log.open(world)
         log.status("running", 0)
         self.objective = Objective(config.loss)
         self.engine: Engine = build_engine(Build(config, self.plan, world, self.source, self.layout, self.dtype))
         self._check_scoring()
-        self.reference: Reference = build_reference(config, self.source, self.engine)
+        self.reference: Reference = build_reference(config, reference_source, self.engine)
         self.loader = self._loader(self.shards, self.order)
         self.evaluator = None if held_out is None else self._evaluator(held_out)
         trainable, parameters = trainable_share(self.engine.policy)
@@ -103,12 +111,20 @@ class Run:
     def _worst(self, gap: float) -> float:
         return max(self.world.gather_objects(gap))
 
-    def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
+    def _probe_tokenizer(self) -> None:
+        """Tokenize one row before any weights are read: a missing chat template shows now, not after minutes."""
+        with contextlib.suppress(RowError):  # this row's own fault, which the loader handles
+            self._pair_tokenizer()(self.shards.pair(0), 0)
+
+    def _pair_tokenizer(self) -> PairTokenizer:
         positions = self.source.max_positions
         max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
+        return PairTokenizer(self.tokenizer, max_length)
+
+    def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
         return StepLoader(
             shards,
-            PairTokenizer(self.tokenizer, max_length),
+            self._pair_tokenizer(),
             order,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -138,10 +154,10 @@ class Run:
             ConfigError: the data are not those of the checkpoint.
             CheckpointError: it cannot be used.
         """
-        if self.config.checkpoint.resume == "never":
-            return 0
-        found = checkpoint.find(self._checkpoints, self.config.checkpoint.resume, self.world)
+        resume = self.config.checkpoint.resume
+        found = None if resume == "never" else checkpoint.find(self._checkpoints, resume, self.world)
         if found is None:
+            self.log.rewind(-1)
             return 0
         path, state = found
         checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained)
@@ -150,7 +166,7 @@ class Run:
                 f"data.train: not the shards of {path}: restore them, or set --checkpoint.allow_changes data.train"
             )
         checkpoint.restore(path, self.engine, self.world)
-        self.log.rewind(state.step)
+        self.log.rewind(state.step or -1)  # from step 0 the evaluation before training is made again
         if self.world.is_main:
             self.tally.add_sums(state.sums, state.num_pairs)
         self._steps_skipped += state.steps_skipped
@@ -329,49 +345,3 @@ def _before_after(name: str, key: str, before: dict[str, float], after: dict[str
 
 def _due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
-
-
-def _open_shards(sources: tuple[str | DataSource, ...], config: Config, world: World) -> ShardSet:
-    """The shards of a source list; with on_bad_row=error every row is parsed now, each rank taking its share.
-
-    Raises:
-        DataError: a file is missing or a row cannot be used, on every rank alike.
-    """
-    specs = [entry if isinstance(entry, str) else SourceSpec(entry.path, entry.name) for entry in sources]
-    shards = world.together(lambda: ShardSet.open(specs))
-
-    def check() -> None:
-        for problem in shards.check(range(world.rank, len(shards), world.size)):
-            raise problem
-
-    if config.data.on_bad_row == "error":
-        world.together(check)
-    return shards
-
-
-def _open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        message = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
-
-
-def choose_layout(config: Config, source: Pretrained) -> Layout:
-    """`batch.layout`, with auto decided by the model; also refuses LoRA targets and heads before weights are read.
-
-    Raises:
-        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing.
-    """
-    empty = source.empty(torch.float32)
-    packs = can_pack(empty)
-    if config.batch.layout == "packed" and not packs:
-        raise ConfigError(
-            f"batch.layout=packed: layers of {config.model.path} carry state across rows: set --batch.layout padded"
-        )
-    layout: Layout = "packed" if packs and config.model.attn_implementation is None else "padded"
-    layout = layout if config.batch.layout == "auto" else config.batch.layout
-    if config.lora.r:
-        with torch.device("meta"):
-            add_lora(empty, config.lora, config.train.seed)
-    return layout

@@ -69,7 +69,6 @@ class RunLog:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         self._handler = handler
-        logging.captureWarnings(True)
         if not self.is_main:
             return
         record = {

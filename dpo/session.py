@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from data_utils.schema import DataError
 from dpo.config import Config, ConfigError
@@ -62,6 +63,8 @@ def _run(config: Config, world, log, stop: StopRequest, train: Callable) -> tupl
 def _attempt(config: Config, world, log, stop: StopRequest, train: Callable) -> int:
     from dpo.run import Run
 
+    if config.log.wandb and find_spec("wandb") is None:
+        raise ConfigError("log.wandb=true needs the wandb package: pip install wandb")
     status = log.read_status()
     log.check_same_run()
     if status.get("state") == "finished":
@@ -91,3 +94,5 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("DeepSpeed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(logging.NullHandler())  # until the log file is open

@@ -14,12 +14,14 @@ class StopRequest:
         self._signal: str | None = None
 
     def listen(self) -> None:
-        """Take SIGTERM and SIGUSR1 as requests; a second one changes nothing."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Take SIGTERM, SIGUSR1 and Ctrl-C as requests; only a second Ctrl-C changes anything: it ends the process."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def count_step(self) -> None:
         """One step was taken."""

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,10 @@ def run(command: list[str], timeout_s: float = 300) -> subprocess.CompletedProce
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The shared laboratory."""
     folder = tmp_path_factory.mktemp("lab")
     tiny_model(folder / "model")
     tiny_pairs(folder / "train.jsonl", 40)
     tiny_pairs(folder / "eval.jsonl", 9, seed=1)
-    yield Lab(folder)
+    return Lab(folder)

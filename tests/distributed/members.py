@@ -19,7 +19,7 @@ from dpo.world import World
 
 def main(path: str) -> int:
     """Run all members; returns the exit code."""
-    World.leave = lambda world: None  # DeepSpeed keeps groups for the life of a process, so all members share one
+    World.leave = lambda self: None  # DeepSpeed keeps groups for the life of a process, so all members share one
     for argv in json.loads(Path(path).read_text()):
         code = train_dpo.main(argv)
         if code not in (0, 75):

@@ -100,6 +100,15 @@ def test_a_killed_run_resumes_from_its_checkpoint_bitwise(trained: Lab) -> None:
     assert steady(trained, "killed") == steady(trained, "undisturbed-fsdp2-full")
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over(trained: Lab) -> None:
+    process = start(trained, "early", "--parallel.engine", "fsdp2")
+    wait_for_step(trained, "early", 2)
+    process.kill()
+    process.wait()
+    trained.train(2, trained.command("early", "--parallel.engine", "fsdp2"))
+    assert steady(trained, "early") == steady(trained, "undisturbed-fsdp2-full")
+
+
 def test_fsdp2_resumes_with_another_number_of_ranks(trained: Lab) -> None:
     command = trained.command("shrunk", "--parallel.engine", "fsdp2")
     trained.train(2, [*command, "--train.stop_after_steps", "3"])

@@ -1,0 +1,146 @@
+"""The trainer as a whole, in this process: what it writes, and the options that other tests do not reach."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import train_dpo
+from tests.numerics import tiny_models
+from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
+
+METRICS = (
+    "step epoch loss grad_norm learning_rate rewards/chosen rewards/rejected rewards/accuracies rewards/margins "
+    "logps/chosen logps/rejected pairs_seen pairs_per_second tokens_per_second padding_fraction mfu peak_memory_gib "
+    "data_wait_fraction skipped_steps skipped_rows"
+).split()
+EVALUATION = (
+    "step epoch eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins "
+    "eval_logps/chosen eval_logps/rejected eval_pairs"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_model(folder / "model")
+    tiny_pairs(folder / "train.jsonl", 20)
+    tiny_pairs(folder / "eval.jsonl", 5, seed=1)
+    return folder
+
+
+def train(folder: Path, name: str, *flags: str) -> list[dict[str, Any]]:
+    """Train into folder/name, which must end well; the rows of metrics.jsonl."""
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    common = {
+        "--model.path": f"{folder}/model",
+        "--data.train": f"{folder}/train.jsonl",
+        "--data.eval": f"{folder}/eval.jsonl",
+        "--run.dir": f"{folder}/{name}",
+        "--batch.pairs_per_step": "10",
+        "--optim.learning_rate": "1e-3",
+        "--optim.warmup_ratio": "0",
+        "--log.every_steps": "1",
+        "--log.tensorboard": "false",
+    }
+    assert train_dpo.main([word for item in (common | given).items() for word in item]) == 0
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
+    rows = train(folder, "contract", "--log.tensorboard", "true", "--eval.every_steps", "1")
+    assert [list(row) for row in rows] == [EVALUATION, METRICS, EVALUATION, METRICS, EVALUATION]
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]
+    run = folder / "contract"
+    assert json.loads((run / "status.json").read_text()) == {
+        "state": "finished",
+        "step": 2,
+        "exit_code": 0,
+        "reason": "",
+        "attempt": 1,
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"steps": 2, "pairs": 20}.items() <= summary.items() and summary["seconds"] > 0
+    assert summary["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["eval_accuracy_before"] == 0.5 and summary["eval_margin_before"] == pytest.approx(0, abs=1e-5)
+    for key, row_key in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+        assert summary[f"eval_{key}_after"] == rows[-1][f"eval_{row_key}"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["loss"]["beta"] == 0.1 and config["record"]["world_size"] == 1
+    assert config["record"]["versions"]["torch"] == torch.__version__
+    assert list((run / "tensorboard").iterdir()) and (run / "logs" / "rank-00000.log").is_file()
+
+
+def test_a_model_that_packing_would_get_wrong_is_trained_padded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nemotron's layers drop the documents; only the start-up check finds out. The frozen copy must follow suit."""
+    tokenizer = tiny_tokenizer()
+    tiny_models.tiny_model("nemotron", vocab_size=len(tokenizer)).save_pretrained(folder / "nemotron")
+    tokenizer.save_pretrained(folder / "nemotron")
+    rows = train(folder, "fallback", "--model.path", f"{folder}/nemotron")
+    assert "layout     padded: " in capsys.readouterr().out
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[1]["padding_fraction"] > 0
+    again = train(folder, "fallback-padded", "--model.path", f"{folder}/nemotron", "--batch.layout", "padded")
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in again if "loss" in row]
+
+
+def test_another_reference_moves_the_start_and_offload_changes_nothing(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    model.save_pretrained(folder / "other")
+    live = train(folder, "other-reference", "--reference.path", f"{folder}/other")
+    offloaded = train(folder, "offload", "--reference.path", f"{folder}/other", "--reference.offload", "true")
+    assert abs(live[1]["loss"] - math.log(2)) > 1e-3
+    assert [row.get("loss") for row in live] == [row.get("loss") for row in offloaded]
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
+def test_lora_variants_start_at_the_reference_and_learn(folder: Path, variant: str) -> None:
+    rows = train(
+        folder, variant, "--lora.r", "4", f"--lora.{variant}", "true", "--train.epochs", "3", "--data.shuffle", "false"
+    )
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+    adapter = json.loads((folder / variant / "final" / "adapter_config.json").read_text())
+    assert adapter[variant] is True
+
+
+def test_bad_rows_are_skipped_and_counted_and_columns_reach_the_loss(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows[3]["chosen"] = " "
+    rows[4]["weight"] = 0.0
+    rows[5]["margin"] = 1.0
+    (folder / "columns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data.on_bad_row", "skip", "--data.max_bad_fraction", "0.5", "--batch.pairs_per_step", "20"]
+    (_, row, _) = train(folder, "columns", "--data.train", f"{folder}/columns.jsonl", *flags)
+    assert (row["pairs_seen"], row["skipped_rows"]) == (19, 1)
+    assert row["loss"] == pytest.approx(math.log(2) * 18 / 19, abs=1e-6)
+    assert "warning: the rows' margin are not read by loss.type=sigmoid" in capsys.readouterr().out
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows[0]["weight"] = 9e29
+    rows[1]["weight"] = 9e29
+    (folder / "huge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data.train", f"{folder}/huge.jsonl", "--loss.beta", "100", "--data.shuffle", "false"]
+    before, first, second, after = train(folder, "huge", *flags)
+    assert not math.isfinite(first["grad_norm"]) and math.isfinite(second["grad_norm"])
+    assert (first["skipped_steps"], second["skipped_steps"]) == (1, 1)
+    assert second["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert after["eval_loss"] != before["eval_loss"]
+    assert "steps skipped so far" in capsys.readouterr().out

@@ -29,7 +29,7 @@ def train(run: Run) -> bool:
             policy_logps_S, statistic_S = engine.forward(batch, objective.statistic)
             pairs = objective.pairs(batch, policy_logps_S, statistic_S, reference_logps_S)
             loss_B = objective.loss(pairs)
-            loss = (batch.weight_B * loss_B).sum() / step.num_pairs
+            loss = (batch.weight_B * loss_B).sum() * step.pair_weight
             engine.backward(loss, last=number == len(step.micro_batches))
             run.count(batch, pairs, loss_B)
         result = engine.step(run.learning_rate(step.number))
@@ -40,7 +40,7 @@ def train(run: Run) -> bool:
 
 def main(argv: list[str]) -> int:
     """Parse, build, train; returns the exit code."""
-    config = parse_or_exit([flag for flag in argv if not flag.startswith("--local_rank")])
+    config = parse_or_exit(argv)
     from dpo.session import session
 
     return session(config, train)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Generator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, fields, replace
 from queue import Full, Queue
 from typing import Literal
 
@@ -18,7 +18,6 @@ from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 
 PREFETCHED_STEPS = 2
-FEWEST_ROWS_TO_JUDGE = 100  # a bad fraction of fewer rows says little, unless there are no more
 POLL_S = 0.1
 
 
@@ -29,8 +28,7 @@ class StepLoader:
     Attributes:
         order: the windows; its `num_rows` is `len(shards)`.
         tokens_per_micro_batch: the budget of `pack`.
-        on_bad_row: "error" raises the RowError; "skip" leaves the row out and counts it by cause.
-        max_bad_fraction: of the rows this rank has seen since `steps` began; above it, skipping ends in a DataError.
+        on_bad_row: "error" raises the RowError; "skip" leaves the row out and hands the error on with the step.
         pin_memory: put the tensors into page-locked memory, for asynchronous copies to a GPU.
     """
 
@@ -43,7 +41,6 @@ class StepLoader:
     tokens_per_micro_batch: int
     pad_token_id: int
     on_bad_row: Literal["error", "skip"] = "error"
-    max_bad_fraction: float = 0.01
     pin_memory: bool = False
 
     def steps(self, first: int, last: int) -> Generator[Step, None, None]:
@@ -69,34 +66,28 @@ class StepLoader:
 
     def _fill(self, ahead: Queue[Step | Exception | None], closed: threading.Event, first: int, last: int) -> None:
         """The thread: steps, then None or the exception that ended them."""
-        skipped = _Skipped(self.max_bad_fraction)
         try:
             for number in range(first, last):
-                step = self._step(number, skipped)
-                is_last = number + 1 == last or (number + 1) % self.order.steps_per_epoch == 0
-                skipped.check(is_last)
-                if not _put(ahead, closed, step):
+                if not _put(ahead, closed, self._step(number)):
                     return
         except Exception as error:
             _put(ahead, closed, error)
         else:
             _put(ahead, closed, None)
 
-    def _step(self, number: int, skipped: _Skipped) -> Step:
+    def _step(self, number: int) -> Step:
         epoch, window = self.order.window(number)
         mine = window[assign(self.shards.row_bytes[window], self.world_size)[self.rank]]
-        pairs, causes = [], Counter[str]()
+        pairs, skipped = [], []
         for index in mine.tolist():
             try:
                 pairs.append(self._pair(index))
             except RowError as error:
                 if self.on_bad_row == "error":
                     raise
-                causes[error.cause] += 1
-                skipped.add(error)
-        skipped.num_rows += len(mine)
+                skipped.append(error)
         batches = [self._collate(micro_batch) for micro_batch in pack(pairs, self.layout, self.tokens_per_micro_batch)]
-        return Step(number, epoch, batches, len(pairs), dict(sorted(causes.items())))
+        return Step(number, epoch, batches, len(pairs), tuple(skipped))
 
     def _pair(self, index: int) -> TokenizedPair:
         return self.tokenizer(self.shards.pair(index), index)
@@ -106,29 +97,25 @@ class StepLoader:
         return _pinned(batch) if self.pin_memory else batch
 
 
-@dataclass
-class _Skipped:
-    """The rows that were left out so far, by cause, and where each cause came first."""
+def judge_skipped(skipped: Iterable[RowError], num_rows: int, max_bad_fraction: float) -> None:
+    """Refuse data of which too much was left out.
 
-    max_fraction: float
-    num_rows: int = 0
-    causes: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
+    Args:
+        skipped: the rows left out of `num_rows` rows, over all ranks.
 
-    def add(self, error: RowError) -> None:
-        self.causes[error.cause] += 1
-        self.first.setdefault(error.cause, error.where)
-
-    def check(self, is_last: bool) -> None:
-        """Raise DataError if too many rows were left out. Judges only many rows, or the last ones."""
-        count = self.causes.total()
-        if count <= self.max_fraction * self.num_rows or (self.num_rows < FEWEST_ROWS_TO_JUDGE and not is_last):
-            return
-        table = ", ".join(f"{cause} {n} (first {self.first[cause]})" for cause, n in self.causes.most_common())
-        raise DataError(
-            f"{count} of {self.num_rows} rows are bad, more than data.max_bad_fraction={self.max_fraction:g} allows: "
-            f"{table}; clean the data or raise the limit"
-        )
+    Raises:
+        DataError: more than `max_bad_fraction` of the rows; counts by cause, with the first place of each.
+    """
+    errors = sorted(skipped, key=lambda error: error.where)
+    if len(errors) <= max_bad_fraction * num_rows:
+        return
+    first = {error.cause: error.where for error in reversed(errors)}
+    causes = Counter(error.cause for error in errors).most_common()
+    table = ", ".join(f"{cause} {count} (first {first[cause]})" for cause, count in causes)
+    raise DataError(
+        f"{len(errors)} of {num_rows} rows are bad, more than data.max_bad_fraction={max_bad_fraction:g} allows: "
+        f"{table}; clean the data or raise the limit"
+    )
 
 
 def _put(ahead: Queue[Step | Exception | None], closed: threading.Event, item: Step | Exception | None) -> bool:

@@ -33,6 +33,11 @@ class RowError(DataError):
         super().__init__(f"{where}: {message}")
         self.where = where
         self.cause = cause
+        self._arguments = where, cause, message
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
+        """Pickled as it was made: the ranks show each other their errors."""
+        return type(self), self._arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +157,11 @@ class Step:
         epoch: 0-based epoch that the window lies in.
         micro_batches: this rank's pairs; ranks with fewer than others add idle ones.
         num_pairs: pairs in `micro_batches` (rows of the window that were skipped are not among them).
-        num_skipped: this rank's rows that were skipped, by cause.
+        skipped: why this rank's other rows of the window were left out.
     """
 
     number: int
     epoch: int
     micro_batches: list[PairBatch]
     num_pairs: int
-    num_skipped: dict[str, int]
+    skipped: tuple[RowError, ...]

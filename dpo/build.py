@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_utils.schema import Layout
 from data_utils.shards import ShardSet, SourceSpec
@@ -43,21 +44,36 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
 
 
-def choose_layout(config: Config, source: Pretrained) -> Layout:
-    """`batch.layout`, with auto decided by the model; also refuses LoRA targets and heads before weights are read.
+def choose_layout(config: Config, source: Pretrained) -> tuple[Layout, str]:
+    """`batch.layout` with auto decided by the model, and why; also refuses LoRA targets and heads.
 
     Raises:
-        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing.
+        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing; the
+            output head cannot be scored.
     """
-    empty = source.empty(torch.float32)
-    packs = can_pack(empty)
+    model = source.empty(torch.float32)
+    packs = can_pack(model)
+    _check_head(config, model)
     if config.batch.layout == "packed" and not packs:
         raise ConfigError(
             f"batch.layout=packed: layers of {config.model.path} carry state across rows: set --batch.layout padded"
         )
-    layout: Layout = "packed" if packs and config.model.attn_implementation is None else "padded"
-    layout = layout if config.batch.layout == "auto" else config.batch.layout
+    if config.batch.layout != "auto":
+        return config.batch.layout, "as asked"
+    if config.model.attn_implementation is not None:
+        return "padded", "since model.attn_implementation is set"
+    return ("packed", "no padding") if packs else ("padded", "the model's layers cannot keep packed rows apart")
+
+
+def _check_head(config: Config, model: PreTrainedModel) -> None:
     if config.lora.r:
         with torch.device("meta"):
-            add_lora(empty, config.lora, config.train.seed)
-    return layout
+            add_lora(model, config.lora, config.train.seed)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        return
+    if config.lora.r:
+        raise ConfigError("lora.target_modules: the output head scores and cannot have an adapter: leave it out")
+    raise ConfigError(
+        f"model.path={config.model.path}: its output head is a {type(head).__name__}, not a plain nn.Linear"
+    )

@@ -14,20 +14,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.engine import Engine
+from dpo.engine import CheckpointError, Engine
+from dpo.runlog import without_nan
 from dpo.world import World
 
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class TrainerState:
         step: optimizer steps taken.
         cursor: indices of the global order consumed.
         engine, world_size: who wrote it.
-        trained: "lora" or "full".
+        trained, dtype: "lora" or "full"; dtype of compute.
         data: fingerprint of the training shards.
-        sums, num_pairs: metrics since the last log, over all ranks.
+        sums, num_pairs: metrics since the last log, over all ranks (JSON has no NaN: None).
         pairs_seen, rows_skipped, steps_skipped, seconds: totals since the start of the run.
         eval_before: the evaluation before training.
     """
@@ -50,8 +48,9 @@ class TrainerState:
     engine: str
     world_size: int
     trained: str
+    dtype: str
     data: str
-    sums: dict[str, float]
+    sums: Mapping[str, float | None]
     num_pairs: int
     pairs_seen: int
     rows_skipped: int
@@ -72,15 +71,36 @@ def save(root: Path, state: TrainerState, engine: Engine, world: World, keep: in
     save_file(_random_state(world), aside / f"rng-{world.rank:05d}.safetensors")
     world.barrier()
     if world.is_main:
-        (aside / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
+        (aside / "trainer.json").write_text(json.dumps(without_nan(asdict(state)), indent=1, allow_nan=False))
         _seal(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _sync(root)
-        for old in _listed(root)[:-keep]:
-            shutil.rmtree(old)
+        _commit(aside, final)
+        _retire(root, final, keep)
     world.barrier()
     return final
+
+
+def _retire(root: Path, newest: Path, keep: int) -> None:
+    """Keep `newest` and the `keep` - 1 before it. Those with more steps are damaged, or of a course that the run has
+    left (`checkpoint.resume=PATH`): set aside, for the next resume must not take them for the newest."""
+    others = [path for path in _listed(root) if path != newest]
+    for later in (path for path in others if path.name > newest.name):
+        aside = root / f"left-{later.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(later, aside)
+    earlier = [path for path in others if path.name < newest.name]
+    for old in earlier[: max(0, len(earlier) - keep + 1)]:
+        shutil.rmtree(old)
+
+
+def _commit(aside: Path, final: Path) -> None:
+    """Rename into place; an older checkpoint of the same step goes only when the new one is there."""
+    older = final.with_name(f".{final.name}.older")
+    shutil.rmtree(older, ignore_errors=True)
+    if final.exists():
+        os.replace(final, older)
+    os.replace(aside, final)
+    _sync(final.parent)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def find(root: Path, resume: str, world: World) -> tuple[Path, TrainerState] | None:
@@ -97,24 +117,29 @@ def find(root: Path, resume: str, world: World) -> tuple[Path, TrainerState] | N
         try:
             path = _newest_sound(root) if resume == "auto" else _verified(Path(resume))
             found = None if path is None else (str(path), (path / "trainer.json").read_text())
-        except CheckpointError as error:
+        except (CheckpointError, OSError, ValueError) as error:  # the other ranks wait for what is found here
             problem = str(error)
     found, problem = world.gather_objects((found, problem))[0]
     if problem is not None:
         raise CheckpointError(problem)
-    return None if found is None else (Path(found[0]), TrainerState(**json.loads(found[1])))
+    if found is None:
+        return None
+    try:
+        return Path(found[0]), TrainerState(**json.loads(found[1]))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{found[0]}/trainer.json: of another version of this trainer ({error})") from error
 
 
 def restore(path: Path, engine: Engine, world: World) -> None:
     """Load weights, optimizer state and this rank's random state from a verified checkpoint."""
     engine.load(path)
     rng = path / f"rng-{world.rank:05d}.safetensors"
-    if rng.is_file():
+    if rng.is_file():  # a rank that the run did not have before has no random state to go on from
         _set_random_state(load_file(rng), world)
 
 
-def check_compatible(path: Path, state: TrainerState, engine: str, world_size: int, trained: str) -> None:
-    """Refuse a checkpoint that another engine wrote, or for other trainable weights.
+def check_compatible(path: Path, state: TrainerState, engine: str, world_size: int, trained: str, dtype: str) -> None:
+    """Refuse a checkpoint that another engine wrote, in another precision, or for other trainable weights.
 
     Raises:
         CheckpointError: it cannot be resumed with these settings.
@@ -125,6 +150,8 @@ def check_compatible(path: Path, state: TrainerState, engine: str, world_size: i
         )
     if state.trained != trained:
         raise CheckpointError(f"{path}: holds {state.trained} training, not {trained}: keep lora.r as it was")
+    if state.dtype != dtype:
+        raise CheckpointError(f"{path}: trained in {state.dtype}, not {dtype}: set --model.dtype {state.dtype}")
     if engine == "deepspeed" and state.world_size != world_size:
         raise CheckpointError(
             f"{path}: DeepSpeed wrote it with {state.world_size} processes, not {world_size}: start {state.world_size}"
@@ -143,7 +170,9 @@ def _set_random_state(state: dict[str, torch.Tensor], world: World) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """What the manifest speaks of: every file but itself and hidden ones (a network file system leaves such)."""
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".nfs"))
+    return sorted(path for path in files if path != directory / "manifest.json")
 
 
 def _digest(path: Path) -> str:
@@ -160,7 +189,8 @@ def _seal(directory: Path) -> None:
     manifest = directory / "manifest.json"
     manifest.write_text(json.dumps(entries, indent=1))
     _sync(manifest)
-    _sync(directory)
+    for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
+        _sync(folder)
 
 
 def _sync(path: Path) -> None:
@@ -199,13 +229,15 @@ def _newest_sound(root: Path) -> Path | None:
 
 
 def _verified(path: Path) -> Path:
-    """The path, when every file is there with the size and hash of the manifest."""
+    """The path, when its files are those of the manifest, with their sizes and hashes."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no readable manifest.json, so it is not a complete checkpoint") from error
-    for name, entry in manifest.items():
+    present = {str(file.relative_to(path)) for file in _files(path)}
+    for name in sorted(present | sums.keys() | {"trainer.json"}):
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or _digest(file) != entry["sha256"]:
+        if name not in present or (file.stat().st_size, _digest(file)) != sums.get(name):
             raise CheckpointError(f"{file}: missing or damaged")
     return path

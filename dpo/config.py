@@ -77,6 +77,8 @@ _SAME_TRAJECTORY = (
     "batch.tokens_per_micro_batch",
     "batch.layout",
     "model.attn_implementation",
+    "data.eval",
+    "data.on_bad_row",
     "data.max_bad_fraction",
     "reference.offload",
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +33,10 @@ class StepResult:
 
     grad_norm: Tensor
     skipped: Tensor
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message is one line."""
 
 
 class Engine(Protocol):
@@ -63,7 +67,11 @@ class Engine(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the engine finds it unusable.
+        """
         ...
 
     def export_weights(self) -> dict[str, Tensor]:
@@ -73,7 +81,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Build:
-    """What an engine is built from."""
+    """What an engine is built from; `ds_json` is the checked file of `parallel.ds_config`."""
 
     config: Config
     plan: Plan
@@ -81,6 +89,7 @@ class Build:
     source: Pretrained
     layout: Layout
     dtype: torch.dtype
+    ds_json: dict[str, Any] | None = None
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data_utils.schema import PairBatch
-from dpo.ds_json import complete_ds_json, read_ds_json
-from dpo.engine import Build, Scorer, StepResult, make_optimizer
+from dpo.ds_json import complete_ds_json
+from dpo.engine import Build, CheckpointError, Scorer, StepResult, make_optimizer
 from dpo.logps import HeadStatistic
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 
@@ -37,20 +39,19 @@ class DeepSpeedEngine:
     """The policy under a DeepSpeed engine; see `dpo.engine.Engine` for the verbs."""
 
     def __init__(self, build: Build) -> None:
-        assert build.config.parallel.ds_config is not None
+        assert build.ds_json is not None
         _join(build)
         self.world, self.dtype = build.world, build.dtype
         self.settings = complete_ds_json(
-            read_ds_json(build.config.parallel.ds_config),
+            build.ds_json,
             dtype="bfloat16" if build.dtype == torch.bfloat16 else "float32",
             world_size=build.world.size,
             max_grad_norm=build.config.optim.max_grad_norm,
         )
         self.stage: int = self.settings["zero_optimization"]["stage"]
         self.max_grad_norm = build.config.optim.max_grad_norm
-        # transformers loads into partitions (zero.Init) for as long as this object lives.
-        self._partition_on_load = HfDeepSpeedConfig(self.settings) if self.stage == 3 else None
-        policy = trained_policy(build.source, build.config, build.layout, build.dtype, keep_dtype=True)
+        with self._partitioned_load():
+            policy = trained_policy(build.source, build.config, build.layout, build.dtype, keep_dtype=True)
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
@@ -82,7 +83,8 @@ class DeepSpeedEngine:
 
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
-        model: Any = frozen_policy(source, self.policy.layout, self.dtype)
+        with self._partitioned_load():
+            model: Any = frozen_policy(source, self.policy.layout, self.dtype)
         if self.stage == 3:
             zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
             model, *_ = deepspeed.initialize(model=model, config=self.settings | {"zero_optimization": zero})
@@ -108,21 +110,33 @@ class DeepSpeedEngine:
     def load(self, directory: Path) -> None:
         """See `Engine`."""
         with contextlib.redirect_stdout(io.StringIO()):  # it prints names of its own functions
-            self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+            path, _ = self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+        if path is None:
+            raise CheckpointError(f"{directory}: DeepSpeed found nothing to load")
 
     def export_weights(self) -> dict[str, Tensor]:
-        """See `Engine`. Under stage 3 one parameter is gathered at a time."""
+        """See `Engine`. A parameter is gathered at a time; adapters come from the fp32 weights of the optimizer."""
         parameters = dict(self.policy.model.named_parameters(remove_duplicate=False))
         if self.policy.is_lora:
-            parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+            trained = {name: p for name, p in parameters.items() if p.requires_grad}
+            full = {name: safe_get_full_fp32_param(p) for name, p in trained.items()}
+            return {name: t.detach().cpu() for name, t in full.items() if t is not None} if self.world.is_main else {}
         weights = {}
         for name, parameter in parameters.items():
             with self._gathered([parameter]):
                 if self.world.is_main:
                     weights[name] = parameter.detach().cpu().clone()
-        buffers = {} if self.policy.is_lora else dict(self.policy.model.named_buffers())
+        buffers = dict(self.policy.model.named_buffers())
         persistent = self.policy.model.state_dict().keys() & buffers.keys()
         return weights | {name: buffers[name].detach().cpu() for name in persistent} if self.world.is_main else {}
+
+    @contextlib.contextmanager
+    def _partitioned_load(self) -> Iterator[None]:
+        """Under stage 3 transformers loads each weight straight into its partition (zero.Init), on all ranks."""
+        settings = HfDeepSpeedConfig(self.settings) if self.stage == 3 else None
+        yield
+        if settings is not None:
+            unset_hf_deepspeed_config()
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> Any:
         return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else contextlib.nullcontext()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from data_utils.schema import PairBatch
-from dpo.engine import Build, Scorer, TorchEngine
+from dpo.engine import Build, CheckpointError, Scorer, TorchEngine
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 from dpo.world import World
 
@@ -111,7 +112,11 @@ class FSDP2Engine(TorchEngine):
 
     def load(self, directory: Path) -> None:
         """See `Engine`."""
-        dcp.load(self.state_tensors(), checkpoint_id=directory / "training", process_group=self.world.side_group)
+        path = directory / "training"
+        try:
+            dcp.load(self.state_tensors(), checkpoint_id=path, process_group=self.world.side_group)
+        except CheckpointException as error:  # not an Exception, so nobody else would catch it
+            raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
         # The root keeps its gathered weights after a forward without backward; they are older than what was loaded.
         assert isinstance(self.policy, FSDPModule)
         self.policy.reshard()

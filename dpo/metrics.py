@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ PAIR_KEYS: tuple[str, ...] = (
 
 
 class Tally:
-    """Sums of per-pair metrics on this rank since the last `read`; fp64, on the device, without a sync.
+    """Sums of per-pair metrics on this rank since the last `clear`; fp64, on the device, without a sync.
 
-    The loss is summed with the pairs' weights, as it is minimized; every other metric plainly. `read` divides by the
-    number of pairs over all ranks, never by batches.
+    The loss is summed with the pairs' weights, as it is minimized; every other metric plainly. Means are taken
+    over the pairs of all ranks, never over batches.
     """
 
     def __init__(self, world: World) -> None:
@@ -44,9 +45,10 @@ class Tally:
         self._sums += torch.stack([metrics[key].sum(dtype=torch.float64) for key in PAIR_KEYS])
         self._num_pairs += batch.num_pairs
 
-    def add_sums(self, sums: dict[str, float], num_pairs: int) -> None:
-        """Count sums of an earlier process (all ranks' together, so on one rank only)."""
-        self._sums += torch.tensor([sums[key] for key in PAIR_KEYS], dtype=torch.float64, device=self._world.device)
+    def add_sums(self, sums: Mapping[str, float | None], num_pairs: int) -> None:
+        """Count sums of an earlier process (all ranks' together, so on one rank only); None: not a number."""
+        values = [math.nan if (value := sums[key]) is None else value for key in PAIR_KEYS]
+        self._sums += torch.tensor(values, dtype=torch.float64, device=self._world.device)
         self._num_pairs += num_pairs
 
     def reduce(self, extras: Iterable[float] = ()) -> tuple[dict[str, float], int, list[float]]:

@@ -26,7 +26,6 @@ class Plan:
         warmup_steps: steps over which the learning rate rises from 0.
         engine: the engine that `parallel.engine` stands for.
         shard_size: ranks that share one copy of the weights; 1 for the single engine, the world for DeepSpeed.
-        layout: `batch.layout` as asked; `auto` is decided when the model is known.
     """
 
     world_size: int
@@ -36,7 +35,6 @@ class Plan:
     warmup_steps: int
     engine: Engine
     shard_size: int
-    layout: Literal["auto", "padded", "packed"]
 
 
 def make_plan(config: Config, world_size: int, num_rows: int) -> Plan:
@@ -64,7 +62,6 @@ def make_plan(config: Config, world_size: int, num_rows: int) -> Plan:
         warmup_steps=math.ceil(num_steps * config.optim.warmup_ratio),
         engine=engine,
         shard_size=_choose_shard_size(config, engine, world_size),
-        layout=config.batch.layout,
     )
 
 

@@ -51,11 +51,13 @@ class Pretrained:
         Raises:
             ConfigError: there is no such model, or it needs code that is not trusted.
         """
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_dir()
         if looks_local and not (Path(path) / "config.json").is_file():
             raise ConfigError(
                 f"{key}={path}: no config.json there; give a folder written by save_pretrained or a hub name"
             )
+        if looks_local and not trust_remote_code and not any(Path(path).glob("*.safetensors")):
+            raise ConfigError(f"{key}={path}: no *.safetensors there; convert its weights with save_pretrained")
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
@@ -65,8 +67,8 @@ class Pretrained:
         dropouts = {
             key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)
         }
-        for key in dropouts:
-            setattr(text_config, key, 0.0)
+        for name in dropouts:
+            setattr(text_config, name, 0.0)
         return Pretrained(path, config, dropouts, trust_remote_code, key)
 
     def restore_dropouts(self, config: PretrainedConfig) -> None:
@@ -82,7 +84,7 @@ class Pretrained:
     @property
     def max_positions(self) -> int | None:
         """Tokens that the model has positions for, where its configuration says so."""
-        return self.text_config.to_dict().get("max_position_embeddings")
+        return getattr(self.text_config, "max_position_embeddings", None)  # GPT-2 calls it n_positions
 
     @property
     def logit_transform(self) -> LogitTransform:
@@ -275,11 +277,12 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without grad and with LoRA dropout off, then back to training."""
+    """Without grad, dropout and checkpointing; then back to what it was."""
+    was_training = module.training
     module.eval()
     with torch.no_grad():
         yield
-    module.train()
+    module.train(was_training)
 
 
 def trained_policy(

@@ -7,13 +7,12 @@ resumed run still scores with the original weights.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from data_utils.schema import PairBatch
 from dpo.config import Config
 from dpo.engine import Engine, Scorer
-from dpo.policy import Pretrained
+from dpo.policy import Pretrained, evaluating
 
 
 class Reference:
@@ -47,9 +46,8 @@ def build_reference(config: Config, source: Pretrained, engine: Engine) -> Refer
 
 
 def _adapter_off(engine: Engine) -> Scorer:
-    @torch.no_grad()
     def score(batch: PairBatch) -> Tensor:
-        with engine.policy.adapter_off():
+        with evaluating(engine.policy), engine.policy.adapter_off():
             logps_S, _ = engine.forward(batch)
         return logps_S
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from data_utils.loader import StepLoader
+from data_utils.loader import StepLoader, judge_skipped
 from data_utils.order import Order
 from data_utils.schema import Layout, PairBatch, RowError
 from data_utils.shards import ShardSet
@@ -34,12 +35,11 @@ from dpo.policy import Pretrained, trainable_share
 from dpo.reference import Reference, build_reference, open_reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
-from dpo.steps import AgreedStep, agree
+from dpo.steps import FILLER_ID, AgreedStep, agree
 from dpo.terminal import Terminal, count, duration
 from dpo.world import World
 
-FILLER_ID = 0
-"""Fills padding and idle batches; no loss ever sees it, so any id does."""
+logger = logging.getLogger("dpo")
 
 
 @dataclass
@@ -67,17 +67,19 @@ class Run:
             config.model.path, config.model.attn_implementation, config.model.trust_remote_code
         )
         reference_source = open_reference(config, self.source)
-        if config.parallel.ds_config is not None:
-            read_ds_json(config.parallel.ds_config)
+        ds_json = None if config.parallel.ds_config is None else read_ds_json(config.parallel.ds_config)
         self.tokenizer = open_tokenizer(config)
         self._probe_tokenizer()
-        self.layout = choose_layout(config, self.source)
+        self.layout: Layout
+        self.layout, self._why_layout = choose_layout(config, self.source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
         held_out = open_shards(config.data.eval, config, world) if config.data.eval else None
+        world.together(log.lock)
         log.open(world)
         log.status("running", 0)
         self.objective = Objective(config.loss)
-        self.engine: Engine = build_engine(Build(config, self.plan, world, self.source, self.layout, self.dtype))
+        build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
+        self.engine: Engine = build_engine(build)
         self._check_scoring()
         self.reference: Reference = build_reference(config, reference_source, self.engine)
         self.loader = self._loader(self.shards, self.order)
@@ -89,6 +91,10 @@ class Run:
         )
         self.totals = Totals()
         self._steps_skipped = torch.zeros((), device=world.device)
+        self._skipped: list[RowError] = []
+        self._num_skipped = 0  # by all ranks of this process
+        self._unread: set[str] = set()
+        self._saved: int | None = None
         self._parameters = trainable, parameters
 
     # ---- building
@@ -102,8 +108,8 @@ class Run:
         except ConfigError as error:
             if self.layout == "padded" or self.config.batch.layout != "auto":
                 raise
-            self.terminal.say(f"layout     padded: {error}")
-            self.layout: Layout = "padded"
+            logger.warning("packed rows: %s", error)
+            self.layout, self._why_layout = "padded", "packed rows did not give the model's own log-probs"
             self.engine.policy.use_layout("padded")
             gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
             require_scoring(gap, self.dtype, self.config.model.path, self.layout)
@@ -132,7 +138,6 @@ class Run:
             tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch,
             pad_token_id=FILLER_ID,
             on_bad_row=self.config.data.on_bad_row,
-            max_bad_fraction=self.config.data.max_bad_fraction,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -140,10 +145,15 @@ class Run:
         """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
         loader = self._loader(shards, Order(len(shards), len(shards), self.config.train.seed, shuffle=False))
         (step,) = self._agreed(loader, 0, 1)
+        judge_skipped(self._everyones(step.skipped), len(shards), self.config.data.max_bad_fraction)
         return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
 
+    def _everyones(self, skipped: Sequence[RowError]) -> list[RowError]:
+        """Rows left out, over all ranks."""
+        return [error for share in self.world.gather_objects(list(skipped)) for error in share]
+
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
-        return agree(loader.steps(first, last), self.world, self.stop, self.layout, FILLER_ID)
+        return agree(loader.steps(first, last), self.world, self.stop, self.layout)
 
     # ---- starting
 
@@ -160,11 +170,13 @@ class Run:
             self.log.rewind(-1)
             return 0
         path, state = found
-        checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained)
-        if state.data != self.shards.fingerprint and "data.train" not in self.config.checkpoint.allow_changes:
-            raise ConfigError(
-                f"data.train: not the shards of {path}: restore them, or set --checkpoint.allow_changes data.train"
-            )
+        dtype = str(self.dtype).removeprefix("torch.")
+        checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained, dtype)
+        if "data.train" not in self.config.checkpoint.allow_changes:
+            if state.data != self.shards.fingerprint:
+                remedy = "restore them, or set --checkpoint.allow_changes data.train"
+                raise ConfigError(f"data.train: not the shards of {path}: {remedy}")
+            assert state.cursor == self.order.cursor(state.step)
         checkpoint.restore(path, self.engine, self.world)
         self.log.rewind(state.step or -1)  # from step 0 the evaluation before training is made again
         if self.world.is_main:
@@ -177,7 +189,11 @@ class Run:
         return state.step
 
     def steps(self, first: int) -> Iterator[AgreedStep]:
-        """The steps from `first` to the end of the plan; before the very first one, policy and reference must agree."""
+        """The steps from `first` to the end of the plan; before the very first one, policy and reference must agree.
+
+        Raises:
+            ValueError: data that cannot be used; what was trained until then is saved.
+        """
         self._say_hello(first)
         if first == 0:
             self._check_step0()
@@ -185,20 +201,38 @@ class Run:
         self.terminal.start(first, self.plan.num_steps)
         self.throughput.clear()
         self._since = time.perf_counter()
-        return self._agreed(self.loader, first, self.plan.num_steps)
+        done = first
+        try:
+            for step in self._agreed(self.loader, first, self.plan.num_steps):
+                self._watch_data(step, first)
+                yield step
+                done = step.number + 1
+        except ValueError:
+            if done > first:
+                self.save(done)
+            raise
+
+    def _watch_data(self, step: AgreedStep, first: int) -> None:
+        """Stop when too many rows were left out; name columns that the loss does not read, once."""
+        self._skipped += step.skipped
+        self._num_skipped += step.num_skipped
+        self.totals.rows_skipped += step.num_skipped
+        num_rows = self.plan.num_rows * (step.epoch - first // self.plan.steps_per_epoch + 1)
+        if self._num_skipped > self.config.data.max_bad_fraction * num_rows:
+            judge_skipped(self._everyones(self._skipped), num_rows, self.config.data.max_bad_fraction)
+        unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
+        if names := sorted(unread - self._unread):
+            loss = self.config.loss.type[0]
+            self.terminal.say(f"warning: the rows' {', '.join(names)} are not read by loss.type={loss}")
+        self._unread |= unread
 
     def _check_step0(self) -> None:
-        """Hold policy against reference on this rank's first pairs, and name columns that the loss will not read."""
+        """Hold policy against reference on this rank's first pairs."""
+        if self.config.reference.path is not None:
+            return
         (step,) = self._agreed(self.loader, 0, 1)
-        unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
-        if names := sorted(set().union(*self.world.gather_objects(unread))):
-            self.terminal.say(
-                f"warning: the rows' {', '.join(names)} are not read by loss.type={self.config.loss.type[0]}"
-            )
-        if self.config.reference.path is None:
-            batch = step.micro_batches[0].to(self.world.device)
-            gap = self._worst(step0_gap(self.engine, self.reference, batch))
-            require_step0(gap, self.dtype)
+        batch = step.micro_batches[0].to(self.world.device)
+        require_step0(self._worst(step0_gap(self.engine, self.reference, batch)), self.dtype)
 
     def _say_hello(self, first: int) -> None:
         trainable, parameters = self._parameters
@@ -212,7 +246,7 @@ class Run:
                 "reference": self.config.reference_source
                 + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
                 "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
-                "layout": self.layout,
+                "layout": f"{self.layout} ({self._why_layout})",
                 "pairs": f"{plan.num_rows} for training",
                 "steps": f"{plan.num_steps} of {batch.pairs_per_step} pairs" + (f", from {first}" if first else ""),
                 "run": str(self.log.directory),
@@ -235,7 +269,6 @@ class Run:
         done = step.number + 1
         self.stop.count_step()
         self.totals.pairs_seen += step.num_pairs
-        self.totals.rows_skipped += step.num_skipped
         self.throughput.waited_s += step.waited_s
         self._steps_skipped += result.skipped
         self.terminal.advance(done)
@@ -284,7 +317,10 @@ class Run:
         return "lora" if self.config.lora.r else "full"
 
     def save(self, done: int) -> None:
-        """Write a checkpoint after `done` steps."""
+        """Write a checkpoint after `done` steps, unless this process has just done so."""
+        if self._saved == done:
+            return
+        self._saved = done
         sums, num_pairs, _ = self.tally.reduce()
         state = TrainerState(
             step=done,
@@ -300,6 +336,7 @@ class Run:
             steps_skipped=round(self._steps_skipped.item()),
             seconds=self._seconds(),
             eval_before=self.totals.eval_before,
+            dtype=str(self.dtype).removeprefix("torch."),
         )
         checkpoint.save(self._checkpoints, state, self.engine, self.world, self.config.checkpoint.keep)
 

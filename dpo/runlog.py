@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import math
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
 from dpo.world import World
@@ -20,6 +23,9 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "peft", "datasets", "bitsandb
 
 class RunLog:
     """Files of one run directory.
+
+    The lock is a file lock, which a dead process does not keep; over network file systems it is only as good as
+    theirs.
 
     Attributes:
         directory: `run.dir`.
@@ -35,6 +41,7 @@ class RunLog:
         self._config = config
         self._trackers: list[Any] = []
         self._handler: logging.Handler | None = None
+        self._lock: IO[str] | None = None
         self.attempt = int(self.read_status().get("attempt", 0)) + 1
         self.is_open = False
         self.step = 0
@@ -61,9 +68,31 @@ class RunLog:
                 f" give another --run.dir, or --checkpoint.allow_changes {keys}"
             )
 
+    def lock(self) -> None:
+        """Create the directory and keep every other trainer out of it for the life of this process.
+
+        Raises:
+            ConfigError: it cannot be written, or another process trains there.
+        """
+        try:
+            (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / ".lock").open("a+") if self.is_main else None
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.directory}: {error.strerror}: give one that can be written") from error
+        if self._lock is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            raise ConfigError(f"run.dir={self.directory} is in use by {holder}: give another --run.dir") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
     def open(self, world: World) -> None:
-        """Create the directory, write config.yaml, start the per-rank log and the trackers."""
-        (self.directory / "logs").mkdir(parents=True, exist_ok=True)
+        """Write config.yaml, start the per-rank log and the trackers; the directory is locked already."""
         self.is_open = True
         handler = logging.FileHandler(self.directory / "logs" / f"rank-{self._rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -91,7 +120,7 @@ class RunLog:
         """Append a row to metrics.jsonl and send it to the trackers."""
         if self.is_main:
             with (self.directory / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
             for tracker in self._trackers:
                 tracker.log(row)
 
@@ -109,7 +138,8 @@ class RunLog:
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         if self.is_main:
-            _write_atomically(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+            text = json.dumps(without_nan(summary), indent=1, allow_nan=False)
+            _write_atomically(self.directory / "summary.json", text + "\n")
 
     def close(self) -> None:
         """Flush the trackers and end the rank's log."""
@@ -118,25 +148,39 @@ class RunLog:
         if self._handler is not None:
             logging.getLogger().removeHandler(self._handler)
             self._handler.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have: NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:
     """Metrics as TensorBoard scalars, under the same names."""
 
     def __init__(self, directory: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
+        self._directory = str(directory / "tensorboard")
+        self._writer: Any = None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """One scalar per number of the row."""
+        """One scalar per number of the row. The first row of a process takes the place of what came after its step
+        in an earlier one."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._directory, purge_step=row["step"])
         for key, value in row.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
         """Flush."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -173,7 +217,12 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The object in a JSON file; nothing where there is no file or it is torn."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _versions() -> dict[str, str | None]:

@@ -13,6 +13,10 @@ from typing import Literal
 SHIPPED_DS_CONFIGS = "ds_configs/zero1.json, zero2.json or zero3.json"
 
 
+_ORDER_KEYS = ("batch.pairs_per_step", "data.shuffle", "train.seed")
+"""A resume in the middle of an epoch could not keep that each pair comes once, were one of these changed."""
+
+
 class ConfigError(ValueError):
     """The config cannot be used; the message is one line: which key, what is wrong, what to set."""
 
@@ -111,9 +115,8 @@ class LoraSection:
             names = ("alpha", "dropout", "target_modules", "use_dora", "use_rslora")
             _unchanged(self, "lora", names, "lora.r=0 (full fine-tuning)", "--lora.r 16")
             return
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", 2 * self.r)
-        _at_least("lora.alpha", self.alpha, 1)
+        if self.alpha is not None:
+            _at_least("lora.alpha", self.alpha, 1)
         _in_range("lora.dropout", self.dropout, 0, 1)
         _require(len(self.target_modules) > 0, "lora.target_modules is empty: name layers, or set it to all-linear")
         alone = "all-linear" not in self.target_modules or len(self.target_modules) == 1
@@ -245,13 +248,11 @@ class CheckpointSection:
     """Saving and resuming."""
 
     every_steps: int | None = None
-    """Save every so many steps; none: only when stopped on request and at the end."""
+    """Save every so many steps; none: only when the run is stopped on request or by its data."""
     keep: int = 2
     """Checkpoints to keep, newest first."""
     resume: str = "auto"
     """auto: go on from run.dir's newest sound checkpoint; never: refuse where there is one; or a checkpoint's path."""
-    trust: bool = False
-    """Load a checkpoint although its owner, permissions or hashes are not those that this run wrote."""
     allow_changes: tuple[str, ...] = ()
     """Keys, such as optim.learning_rate, that may differ from the run directory's config on resume."""
 
@@ -349,6 +350,10 @@ class Config:
             f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))
         ]
         for key in self.checkpoint.allow_changes:
+            if key in _ORDER_KEYS:
+                raise ConfigError(
+                    f"checkpoint.allow_changes: {key} decides which pairs a step takes: start a new --run.dir"
+                )
             if key not in known:
                 raise ConfigError(f"checkpoint.allow_changes: {unknown_name('key', key, known)}")
 

@@ -8,44 +8,53 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from data_utils.schema import DataError
 from dpo.config import Config, ConfigError
 from dpo.signals import StopRequest
 
+if TYPE_CHECKING:
+    from dpo.run import Run
+    from dpo.runlog import RunLog
+    from dpo.world import World
+
+    Train = Callable[[Run], bool]
+
 FINISHED, CONFIG, CHECKPOINT, PEER, STOPPED, UNEXPECTED = 0, 2, 3, 4, 75, 1
-_PEER_SIGNS = ("closed by peer", "Connection reset", "Read error", "Broken pipe", "NCCL", "Timed out waiting")
 
 logger = logging.getLogger("dpo")
 
 
-def session(config: Config, train: Callable) -> int:
+def session(config: Config, train: Train) -> int:
     """Run `train` on a freshly built `Run`; returns the exit code of DESIGN's contract."""
-    stop = StopRequest(config.train.stop_after_steps)
-    stop.listen()
     _quiet()
     from dpo.world import World
 
     try:
         world = World.start(config.parallel.device, sharded=config.parallel.engine in ("fsdp2", "deepspeed"))
     except ConfigError as error:
-        return _end(CONFIG, str(error), 0)
+        _end(str(error), 0)
+        return CONFIG
     from dpo.runlog import RunLog
 
+    stop = StopRequest(config.train.stop_after_steps)
+    stop.listen()  # not before: a rank that waits for others in C++ would not hear its handlers
     log = RunLog(config, world)
     code, reason = _run(config, world, log, stop, train)
     if code not in (FINISHED, STOPPED):
         if log.is_open:
             log.status("failed", log.step, code, reason)
-        _end(code, reason, world.rank)
+        _end(reason, world.rank)
     log.close()
     if code in (FINISHED, STOPPED, CONFIG, CHECKPOINT):
         world.leave()
     return code
 
 
-def _run(config: Config, world, log, stop: StopRequest, train: Callable) -> tuple[int, str]:
-    from dpo.checkpoint import CheckpointError
+def _run(config: Config, world: World, log: RunLog, stop: StopRequest, train: Train) -> tuple[int, str]:
+    from dpo.engine import CheckpointError
+    from dpo.world import lost_a_peer
 
     try:
         return _attempt(config, world, log, stop, train), ""
@@ -53,14 +62,16 @@ def _run(config: Config, world, log, stop: StopRequest, train: Callable) -> tupl
         return _note(CONFIG, error)
     except CheckpointError as error:
         return _note(CHECKPOINT, error)
+    except KeyboardInterrupt:
+        return UNEXPECTED, "interrupted; nothing was saved since the last checkpoint"
     except Exception as error:
-        if any(sign in str(error) for sign in _PEER_SIGNS):
+        if lost_a_peer(error):
             return _note(PEER, error)
         traceback.print_exc()
         return _note(UNEXPECTED, error)
 
 
-def _attempt(config: Config, world, log, stop: StopRequest, train: Callable) -> int:
+def _attempt(config: Config, world: World, log: RunLog, stop: StopRequest, train: Train) -> int:
     from dpo.run import Run
 
     if config.log.wandb and find_spec("wandb") is None:
@@ -81,10 +92,9 @@ def _note(code: int, error: Exception) -> tuple[int, str]:
     return code, f"{type(error).__name__}: {error}" if code == UNEXPECTED else str(error)
 
 
-def _end(code: int, reason: str, rank: int) -> int:
+def _end(reason: str, rank: int) -> None:
     prefix = f"[rank {rank}] " if rank else ""
     print(f"{prefix}error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
-    return code
 
 
 def _quiet() -> None:
@@ -95,4 +105,4 @@ def _quiet() -> None:
     for name in ("DeepSpeed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(logging.NullHandler())  # until the log file is open
+    logging.getLogger().addHandler(logging.NullHandler())  # until the log file is open

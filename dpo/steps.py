@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_utils.batching import idle_batch
-from data_utils.schema import Layout, PairBatch, Step
+from data_utils.schema import Layout, PairBatch, RowError, Step
 from dpo.signals import StopRequest
 from dpo.world import World
+
+FILLER_ID = 0
+"""Fills padding and idle batches; no loss ever sees it, so any id does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +22,10 @@ class AgreedStep:
     Attributes:
         number: 0-based step.
         epoch: 0-based epoch.
-        micro_batches: equally many on every rank; ranks short of work have idle ones at the end.
-        num_pairs: pairs over all ranks, so that each weighs 1 / num_pairs.
-        num_skipped: rows of the window that were skipped, over all ranks.
+        micro_batches: at least one, equally many on every rank; ranks short of work have idle ones at the end.
+        num_pairs: pairs over all ranks.
+        num_skipped: rows of the window that were left out, over all ranks.
+        skipped: this rank's among them.
         stop: some rank was asked to stop: save, and do not take this step.
         waited_s: seconds this rank waited for its data.
     """
@@ -31,13 +35,17 @@ class AgreedStep:
     micro_batches: list[PairBatch]
     num_pairs: int
     num_skipped: int
+    skipped: tuple[RowError, ...]
     stop: bool
     waited_s: float
 
+    @property
+    def pair_weight(self) -> float:
+        """What each pair of the step weighs: 1 / num_pairs (0 for a step whose rows were all skipped)."""
+        return 1 / self.num_pairs if self.num_pairs else 0.0
 
-def agree(
-    steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout, idle_token_id: int
-) -> Iterator[AgreedStep]:
+
+def agree(steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout) -> Iterator[AgreedStep]:
     """Bring this rank's steps into line with all others': one small exchange over the CPU per step.
 
     Raises:
@@ -45,20 +53,21 @@ def agree(
     """
     while True:
         step, error, waited_s = _next(steps)
-        state = [0, 0, 0] if step is None else [step.num_pairs, len(step.micro_batches), sum(step.num_skipped.values())]
+        state = [0, 0, 0] if step is None else [step.num_pairs, len(step.micro_batches), len(step.skipped)]
         rows = world.exchange([*state, int(stop.is_requested), int(error is not None)])
         pairs, micro_steps, skipped, stops, failed = zip(*rows, strict=True)
         if any(failed):
             world.raise_together(error)
         if step is None:
             return
-        idle = [idle_batch(layout, idle_token_id)] * (max(micro_steps) - len(step.micro_batches))
+        num_idle = max(1, *micro_steps) - len(step.micro_batches)
         yield AgreedStep(
             number=step.number,
             epoch=step.epoch,
-            micro_batches=step.micro_batches + idle,
+            micro_batches=step.micro_batches + [idle_batch(layout, FILLER_ID)] * num_idle,
             num_pairs=sum(pairs),
             num_skipped=sum(skipped),
+            skipped=step.skipped,
             stop=any(stops),
             waited_s=waited_s,
         )

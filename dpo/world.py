@@ -6,31 +6,46 @@ Counts, stop flags and errors travel over a gloo side group, so that the device 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dpo.sections import ConfigError
 
 Kind = Literal["auto", "cpu", "cuda"]
 Result = TypeVar("Result")
+RENDEZVOUS_TIMEOUT = timedelta(seconds=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-class PeerError(RuntimeError):
-    """Another rank died, hung or left."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-def environment_ranks(environ: dict[str, str]) -> tuple[int, int, int]:
+def lost_a_peer(error: Exception) -> bool:
+    """Whether a collective failed for another rank's sake; gloo says so in a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
+
+
+def environment_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun, deepspeed or SLURM's `srun` name them; else (0, 1, 0)."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
-    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and "SLURM_STEP_ID" in environ:
-        return int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"])
+        local_rank = _whole(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else 0
+        return _whole(environ, "RANK"), _whole(environ, "WORLD_SIZE"), local_rank
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        return _whole(environ, "SLURM_PROCID"), _whole(environ, "SLURM_NTASKS"), _whole(environ, "SLURM_LOCALID")
     return 0, 1, 0
+
+
+def _whole(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name}={environ.get(name, '')!r} is no number: a launcher has to set it") from None
 
 
 def choose_device(kind: Kind, local_rank: int) -> torch.device:
@@ -49,6 +64,21 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
             f"local rank {local_rank} has no GPU: {num_gpus} visible; start at most {num_gpus} ranks per node"
         )
     return torch.device("cuda", local_rank)
+
+
+def _meet(size: int) -> dist.Store:
+    """The store through which all ranks find each other; waits `RENDEZVOUS_TIMEOUT` for them, not the time that a
+    collective may take."""
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except (dist.DistError, ValueError) as error:
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"{place} WORLD_SIZE={size}: the ranks did not meet there within {RENDEZVOUS_TIMEOUT.seconds} s"
+            f" ({str(error).splitlines()[0]}): check the variables and that all {size} ranks were started"
+        ) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return store
 
 
 @dataclass(frozen=True)
@@ -76,7 +106,7 @@ class World:
         Raises:
             ConfigError: the device does not exist, or a rendezvous variable is missing.
         """
-        rank, size, local_rank = environment_ranks(dict(os.environ))
+        rank, size, local_rank = environment_ranks(os.environ)
         device = choose_device(kind, local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -91,7 +121,8 @@ class World:
             if name not in os.environ:
                 raise ConfigError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
         if not dist.is_initialized():
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+            store = _meet(size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         side_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
         return World(rank, size, local_rank, device, side_group)
 

@@ -59,9 +59,9 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (0, None, ("all-linear",))
 
 
-def test_lora_sets_its_own_learning_rate_and_alpha() -> None:
+def test_lora_sets_its_own_learning_rate() -> None:
     config = parse("--lora.r", "8")
-    assert (config.optim.learning_rate, config.lora.alpha) == (1e-5, 16)
+    assert (config.optim.learning_rate, config.lora.alpha) == (1e-5, None)
     config = parse("--lora.r", "8", "--lora.alpha", "4", "--optim.learning_rate", "2e-6")
     assert (config.optim.learning_rate, config.lora.alpha) == (2e-6, 4)
 
@@ -247,7 +247,7 @@ def test_print_config_prints_the_merge_and_exits_0(capsys: pytest.CaptureFixture
         parse("--lora.r", "8", "--print-config")
     assert caught.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert (printed["lora"]["alpha"], printed["optim"]["learning_rate"], printed["run"]["dir"]) == (16, 1e-5, "r")
+    assert (printed["lora"]["alpha"], printed["optim"]["learning_rate"], printed["run"]["dir"]) == (None, 1e-5, "r")
 
 
 def test_help_names_every_flag_within_80_columns(

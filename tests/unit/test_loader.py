@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_utils.loader import PREFETCHED_STEPS, StepLoader
+from data_utils.loader import PREFETCHED_STEPS, StepLoader, judge_skipped
 from data_utils.order import Order
 from data_utils.schema import DataError, PairBatch, PreferencePair, RowError, Step, TokenizedPair
 from data_utils.shards import ShardSet
@@ -68,7 +69,7 @@ def test_all_ranks_together_have_each_window_once(tmp_path: Path, layout: str, w
     for number, shares in enumerate(zip(*per_rank, strict=True)):
         epoch, window = loader.order.window(number)
         assert sorted(rows_of(list(shares))) == sorted(window.tolist())
-        assert all(step.number == number and step.epoch == epoch and not step.num_skipped for step in shares)
+        assert all(step.number == number and step.epoch == epoch and not step.skipped for step in shares)
         assert sum(step.num_pairs for step in shares) == len(window)
         assert all(batch.layout == layout for step in shares for batch in step.micro_batches)
     assert sorted(rows_of(per_rank[0])) != [] and (world_size < 16 or any(not s.micro_batches for s in per_rank[15]))
@@ -101,10 +102,13 @@ BAD = {3: {"chosen": " "}, 8: {"rejected": "sat 8"}, 30: {"chosen": ""}, 41: {"p
 
 
 def test_bad_rows_are_skipped_and_counted_by_cause(tmp_path: Path) -> None:
-    loader = make_loader(tmp_path, BAD, on_bad_row="skip", max_bad_fraction=0.1, world_size=2)
-    steps = [step for rank in range(2) for step in replace(loader, rank=rank, max_bad_fraction=1.0).steps(0, 5)]
-    skipped = sum((Counter(step.num_skipped) for step in steps), Counter[str]())
-    assert skipped == {"empty_response": 2, "identical": 1, "prompt_too_long": 1}
+    loader = make_loader(tmp_path, BAD, on_bad_row="skip", world_size=2)
+    steps = [step for rank in range(2) for step in replace(loader, rank=rank).steps(0, 5)]
+    assert Counter(error.cause for step in steps for error in step.skipped) == {
+        "empty_response": 2,
+        "identical": 1,
+        "prompt_too_long": 1,
+    }
     assert sorted(rows_of(steps)) == sorted(set(range(NUM_ROWS)) - set(BAD))
     assert sum(step.num_pairs for step in steps) == NUM_ROWS - len(BAD)
 
@@ -118,23 +122,20 @@ def test_a_bad_row_surfaces_at_its_step_in_error_mode(tmp_path: Path) -> None:
     assert no_thread_is_left()
 
 
-def test_too_many_bad_rows_stop_with_a_table(tmp_path: Path) -> None:
-    loader = make_loader(tmp_path, BAD, on_bad_row="skip", max_bad_fraction=0.05)
+def test_too_many_bad_rows_are_refused_with_a_table() -> None:
+    causes = ["empty_response", "identical", "empty_response", "prompt_too_long"]
+    skipped = [RowError(f"a.jsonl:{4 - number}", cause, "bad") for number, cause in enumerate(causes)]
+    judge_skipped(skipped, num_rows=80, max_bad_fraction=0.05)
     with pytest.raises(DataError) as caught:
-        list(loader.steps(0, 10))
-    table = r"4 of 45 rows are bad, more than data.max_bad_fraction=0.05 allows: empty_response 2 (first "
-    assert table in str(caught.value) and "identical 1 (first" in str(caught.value)
+        judge_skipped(skipped, num_rows=79, max_bad_fraction=0.05)
+    table = "4 of 79 rows are bad, more than data.max_bad_fraction=0.05 allows: empty_response 2 (first a.jsonl:2), "
+    assert str(caught.value).startswith(table) and "identical 1 (first a.jsonl:3)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_the_bad_fraction_is_judged_from_100_rows_on(tmp_path: Path) -> None:
-    bad = {number: {"chosen": ""} for number in range(0, 300, 2)}
-    loader = make_loader(tmp_path, bad, 300, order=Order(300, 10, seed=1), on_bad_row="skip", max_bad_fraction=0.2)
-    numbers = []
-    with pytest.raises(DataError, match="of 100 rows are bad"):
-        numbers.extend(step.number for step in loader.steps(0, 30))
-    with pytest.raises(DataError, match="of 30 rows are bad"):
-        list(loader.steps(0, 3))
+def test_row_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(RowError("a.jsonl:3", "identical", "chosen equals rejected")))
+    assert (str(error), error.where, error.cause) == ("a.jsonl:3: chosen equals rejected", "a.jsonl:3", "identical")
 
 
 class SpyTokenizer(PairTokenizer):

@@ -79,7 +79,7 @@ def test_learning_rate_is_that_of_transformers(scheduler: str, ratio: float, num
 
 def test_warm_up_starts_at_zero_and_decay_ends_above_it() -> None:
     settings = config("--optim.learning_rate", "1")
-    plan = Plan(1, 100, 10, 10, 2, "single", 1, "auto")
+    plan = Plan(1, 100, 10, 10, 2, "single", 1)
     rates = [learning_rate(step, plan, settings.optim) for step in range(10)]
     assert rates[:4] == [0, 0.5, 1, 0.875]
     assert rates[-1] == 0.125

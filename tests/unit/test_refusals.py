@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     write(folder / "messages.jsonl", [{"prompt": [{"role": "user", "content": "Hi"}], **turns}] * 20)
     (folder / "batch.json").write_text('{"train_batch_size": 8, "zero_optimization": {"stage": 2}}')
-    (folder / "broken").mkdir()
-    (folder / "broken" / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(folder / "model", folder / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
 
@@ -55,7 +58,9 @@ CASES = {
     "unknown_column": (["--data.train", "{f}/unknown.jsonl"], "{f}/unknown.jsonl:2: "),
     "empty_response": (["--data.train", "{f}/empty.jsonl", "--batch.pairs_per_step", "2"], "{f}/empty.jsonl:3: "),
     "missing_model": (["--model.path", "{f}/nowhere"], "model.path={f}/nowhere: "),
-    "no_weights": (["--model.path", "{f}/broken"], "model.path={f}/broken: "),
+    "no_weights": (["--model.path", "{f}/weightless"], "model.path={f}/weightless: no *.safetensors there"),
+    "adapter_on_head": (["--lora.r", "4", "--lora.target_modules", "lm_head"], "lora.target_modules: the output head "),
+    "order_changed": (["--checkpoint.allow_changes", "train.seed"], "checkpoint.allow_changes: train.seed decides "),
     "no_gpu": (["--parallel.device", "cuda"], "parallel.device=cuda: "),
     "no_target": (["--lora.r", "4", "--lora.target_modules", "nothing"], "lora.target_modules=nothing: "),
     "pairs_per_step": (["--batch.pairs_per_step", "21"], "fewer pairs than one global step: "),
@@ -93,3 +98,28 @@ def test_a_run_directory_of_another_config_is_refused(folder: Path, capsys: pyte
     assert train_dpo.main(argv) == 0
     assert train_dpo.main(argv) == 0
     assert "this run is finished (step 5)" in capsys.readouterr().out
+
+
+def test_the_command_itself_prints_no_more_than_the_line(folder: Path) -> None:
+    """In a process of its own: pytest's log capture would swallow a traceback."""
+    flags = ["--model.path", f"{folder}/model", "--data.train", f"{folder}/unknown.jsonl", "--run.dir", f"{folder}/run"]
+    root = Path(train_dpo.__file__).parent
+    command = [sys.executable, str(root / "train_dpo.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_a_run_directory_in_use_or_unusable_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a-file").write_text("")
+    argv = ["--model.path", f"{folder}/model", "--data.train", f"{folder}/pairs.jsonl", "--batch.pairs_per_step", "4"]
+    assert train_dpo.main([*argv, "--run.dir", f"{folder}/a-file"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: run.dir={folder}/a-file: ")
+    (folder / "held").mkdir()
+    with (folder / "held" / ".lock").open("w") as lock:
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train_dpo.main([*argv, "--run.dir", f"{folder}/held"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: run.dir={folder}/held is in use by process 7 on elsewhere: give another --run.dir\n"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_utils.schema import PairBatch
 from dpo.loss import PairLogps, pair_metrics
+from dpo.policy import Sizes
 from dpo.world import World
 
 PAIR_KEYS: tuple[str, ...] = (
@@ -76,18 +77,29 @@ def peak_memory_gib(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Throughput:
-    """Host-side counters of this rank since the last reading: tokens, slots, seconds waited for data."""
+def model_flops(sizes: Sizes, tokens: float, scored_tokens: float) -> float:
+    """Floating-point operations of a forward and backward of so many tokens, of which so many reach the head.
 
-    def __init__(self, world: World, flops_per_token: float, peak_flops: float | None) -> None:
+    Without recompute and without the reference: 2 per weight and token forward, 2 for the gradient of activations, and
+    2 for the gradient of each trained weight. The embedding is a look-up and not counted; attention scores, a few
+    percent at these lengths, are left out.
+    """
+    body, head = 4 * sizes.body + 2 * sizes.body_trained, 4 * sizes.head + 2 * sizes.head_trained
+    return tokens * body + scored_tokens * head
+
+
+class Throughput:
+    """Host-side counters of this rank since the last reading: tokens, slots, scored tokens, seconds waited for data."""
+
+    def __init__(self, world: World, sizes: Sizes, peak_flops: float | None) -> None:
         self._world = world
-        self._flops_per_token = flops_per_token
+        self._sizes = sizes
         self._peak_flops = peak_flops
         self.clear()
 
     def clear(self) -> None:
         """Start over."""
-        self.tokens, self.slots, self.waited_s = 0, 0, 0.0
+        self.tokens, self.slots, self.scored, self.waited_s = 0, 0, 0, 0.0
         self._since = time.perf_counter()
 
     def add(self, batch: PairBatch) -> None:
@@ -95,25 +107,25 @@ class Throughput:
         if not batch.is_idle:
             self.tokens += batch.num_tokens
             self.slots += batch.num_slots
+            self.scored += batch.labels_N.numel()
 
     def extras(self) -> list[float]:
         """What to sum over ranks; each rank's memory has a place of its own, so that the largest can be told."""
         memory = [0.0] * self._world.size
         memory[self._world.rank] = peak_memory_gib(self._world)
-        return [self.tokens, self.slots, self.waited_s, *memory]
+        return [self.tokens, self.slots, self.scored, self.waited_s, *memory]
 
     def metrics(self, extras: list[float], num_pairs: int) -> dict[str, float | None]:
-        """Rates from the summed extras. mfu = model FLOPs of forward and backward, without recompute and without the
-        reference, over the time and the devices' peak; None where the peak is not known."""
-        tokens, slots, waited_s, *memory = extras
+        """Rates from the summed extras. mfu = `model_flops` over the time and the devices' peak; None where the peak is
+        not known."""
+        tokens, slots, scored, waited_s, *memory = extras
         elapsed_s = max(time.perf_counter() - self._since, 1e-9)
-        rate = tokens / elapsed_s
-        peak = None if self._peak_flops is None else self._peak_flops * self._world.size
+        rate = model_flops(self._sizes, tokens, scored) / elapsed_s
         return {
             "pairs_per_second": num_pairs / elapsed_s,
-            "tokens_per_second": rate,
+            "tokens_per_second": tokens / elapsed_s,
             "padding_fraction": 1 - tokens / slots if slots else 0.0,
-            "mfu": None if peak is None else rate * self._flops_per_token / peak,
+            "mfu": None if self._peak_flops is None else rate / (self._peak_flops * self._world.size),
             "peak_memory_gib": max(memory),
             "data_wait_fraction": waited_s / (elapsed_s * self._world.size),
         }
@@ -128,9 +140,3 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in _PEAK_BF16_FLOPS.items() if card in name), None)
-
-
-def flops_per_token(trainable: int, parameters: int) -> float:
-    """Model FLOPs of forward and backward per token: 2 per weight forward, 2 for the gradient of activations, and 2 for
-    the gradient of each trainable weight (attention scores, a few percent at these lengths, are left out)."""
-    return 4.0 * parameters + 2.0 * trainable

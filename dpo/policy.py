@@ -6,7 +6,7 @@ and the head all lie inside its forward, where the hooks of FSDP2 and ZeRO-3 gat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,10 +264,36 @@ class Policy(nn.Module):
         return torch.stack(logps)
 
 
-def trainable_share(module: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, counted at their full shapes."""
-    sizes = [(full_shape(parameter).numel(), parameter.requires_grad) for parameter in module.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers of parameters at their full shapes; a weight that embedding and head share counts once.
+
+    Attributes:
+        all, trained: of the whole model.
+        body, body_trained: of what lies between embedding and head.
+        head, head_trained: of the output head.
+    """
+
+    all: int
+    trained: int
+    body: int
+    body_trained: int
+    head: int
+    head_trained: int
+
+    @staticmethod
+    def of(policy: Policy) -> Sizes:
+        """Count a policy's parameters."""
+        ends = {id(policy.causal_lm.get_input_embeddings().weight), id(policy.head.weight)}
+        body = [parameter for parameter in policy.parameters() if id(parameter) not in ends]
+        head = list(policy.head.parameters())
+        groups = (list(policy.parameters()), body, head)
+        counts = [(_count(group), _count(p for p in group if p.requires_grad)) for group in groups]
+        return Sizes(*(number for pair in counts for number in pair))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(full_shape(parameter).numel() for parameter in parameters)
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

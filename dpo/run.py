@@ -28,10 +28,10 @@ from dpo.evaluate import Evaluator
 from dpo.export import export
 from dpo.gates import require_scoring, require_step0, scoring_gap, step0_gap
 from dpo.loss import PairLogps
-from dpo.metrics import Tally, Throughput, flops_per_token, means, peak_flops
+from dpo.metrics import Tally, Throughput, means, peak_flops
 from dpo.objective import Objective
 from dpo.plan import learning_rate, make_plan
-from dpo.policy import Pretrained, trainable_share
+from dpo.policy import Pretrained, Sizes
 from dpo.reference import Reference, build_reference, open_reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
@@ -84,18 +84,15 @@ class Run:
         self.reference: Reference = build_reference(config, reference_source, self.engine)
         self.loader = self._loader(self.shards, self.order)
         self.evaluator = None if held_out is None else self._evaluator(held_out)
-        trainable, parameters = trainable_share(self.engine.policy)
+        self._sizes = Sizes.of(self.engine.policy)
         self.tally = Tally(world)
-        self.throughput = Throughput(
-            world, flops_per_token(trainable, parameters), peak_flops(world.device, self.dtype)
-        )
+        self.throughput = Throughput(world, self._sizes, peak_flops(world.device, self.dtype))
         self.totals = Totals()
         self._steps_skipped = torch.zeros((), device=world.device)
         self._skipped: list[RowError] = []
         self._num_skipped = 0  # by all ranks of this process
         self._unread: set[str] = set()
         self._saved: int | None = None
-        self._parameters = trainable, parameters
 
     # ---- building
 
@@ -235,14 +232,14 @@ class Run:
         require_step0(self._worst(step0_gap(self.engine, self.reference, batch)), self.dtype)
 
     def _say_hello(self, first: int) -> None:
-        trainable, parameters = self._parameters
+        sizes = self._sizes
         plan, batch = self.plan, self.config.batch
         self.terminal.facts(
             {
-                "model": f"{self.config.model.path} ({count(parameters)} parameters, {self.dtype})".replace(
+                "model": f"{self.config.model.path} ({count(sizes.all)} parameters, {self.dtype})".replace(
                     "torch.", ""
                 ),
-                "trains": f"{count(trainable)} ({trainable / parameters:.2%}), {self._trained}",
+                "trains": f"{count(sizes.trained)} ({sizes.trained / sizes.all:.2%}), {self._trained}",
                 "reference": self.config.reference_source
                 + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
                 "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",

@@ -52,7 +52,7 @@ CPU_NOTE = "A run on a CPU: it shows that the suite works, and says nothing abou
 MFU_NOTE = (
     "mfu = pairs_per_second x model_flops_per_pair / dense bf16 peak; model FLOPs: 6 per trained and 4 per frozen "
     "weight and token, the head at scored tokens only; attention scores, recompute and the reference's forward are "
-    "left out. mfu_in_metrics is the trainer's own, which counts every parameter for every token."
+    "left out. mfu_in_metrics is the trainer's own, by the same count."
 )
 
 

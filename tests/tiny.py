@@ -85,17 +85,22 @@ def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = C
     return folder
 
 
-def tiny_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
-    """A shard of plain-string pairs of very different lengths, none like another."""
+def tiny_pairs(path: Path, num_pairs: int, seed: int = 0, columns: bool = False) -> Path:
+    """A shard of plain-string pairs of very different lengths, none like another; with `columns` every third has a
+    weight and every fourth a beta of its own."""
     random = Random(seed)
     words = " ".join(TEXTS).split()
 
     def text(least: int, most: int) -> str:
         return " ".join(random.choice(words) for _ in range(random.randint(least, most)))
 
-    rows = [
+    rows: list[dict[str, str | float]] = [
         {"prompt": f"{number} {text(1, 12)}", "chosen": f" {text(1, 6)}.", "rejected": f" {text(1, 9)}!"}
         for number in range(num_pairs)
     ]
+    for row in rows[::3] if columns else ():
+        row["weight"] = round(random.uniform(0.2, 2), 3)
+    for row in rows[::4] if columns else ():
+        row["beta"] = round(random.uniform(0.05, 0.3), 3)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

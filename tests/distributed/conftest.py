@@ -20,7 +20,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKE
 
 @dataclass(frozen=True)
 class Lab:
-    """A tiny model with training and held-out pairs, and the means to train on them.
+    """A tiny model with training pairs (some with a weight or a beta of their own) and held-out pairs, and the means
+    to train on them.
 
     40 pairs in steps of 12 and two epochs: eight steps, of which two are short (4 pairs), with the warm-up's first
     step at rate 0.
@@ -76,6 +77,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The shared laboratory."""
     folder = tmp_path_factory.mktemp("lab")
     tiny_model(folder / "model")
-    tiny_pairs(folder / "train.jsonl", 40)
+    tiny_pairs(folder / "train.jsonl", 40, columns=True)
     tiny_pairs(folder / "eval.jsonl", 9, seed=1)
     return Lab(folder)

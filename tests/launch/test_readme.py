@@ -56,7 +56,7 @@ def check(command: str) -> None:
         trainer = [index for index, word in enumerate(printed) if word.endswith("train_dpo.py")]
         check_training(printed[trainer[-1] + 1 :])
     elif words[1] == "-m":
-        run(sys.executable, "-m", words[2], "--help")
+        assert "usage" in run(sys.executable, "-m", words[2], "--help")
     else:
         assert words[1] == "train_dpo.py", f"no test covers this command of README.md: {command}"
         check_training(words[2:])

@@ -182,6 +182,7 @@ class Run:
         self.totals = Totals(
             state.pairs_seen, state.rows_skipped, state.steps_skipped, state.seconds, dict(state.eval_before)
         )
+        self.log.status("running", state.step)
         self.terminal.say(f"resume     {path.name}")
         return state.step
 

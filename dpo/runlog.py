@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import subprocess
+import uuid
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -191,7 +192,7 @@ class WeightsAndBiases:
 
         identifier = directory / "wandb_id"
         if not identifier.is_file():
-            identifier.write_text(wandb.util.generate_id())
+            identifier.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=config.log.wandb_project or "dpo", id=identifier.read_text(), resume="allow", dir=str(directory)
         )

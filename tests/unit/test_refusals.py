@@ -72,7 +72,6 @@ CASES = {
     "no_chat_template": (["--data.train", "{f}/messages.jsonl"], "{f}/messages.jsonl:1: "),
     "missing_reference": (["--reference.path", "{f}/nowhere"], "reference.path={f}/nowhere: "),
     "unknown_flag": (["--optim.lr", "1e-5"], "unknown flag '--optim.lr': did you mean "),
-    "no_wandb": (["--log.wandb", "true"], "log.wandb=true needs the wandb package"),
 }
 
 
@@ -81,6 +80,13 @@ def test_bad_input_gets_one_line(folder: Path, capsys: pytest.CaptureFixture[str
     flags, start = CASES[case]
     message = refusal(folder, capsys, *[flag.format(f=folder) for flag in flags])
     assert message.startswith(start.format(f=folder)), message
+
+
+def test_wandb_without_its_package_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo.session.find_spec", lambda name: None)
+    assert refusal(folder, capsys, "--log.wandb", "true").startswith("log.wandb=true needs the wandb package")
 
 
 def test_a_run_directory_of_another_config_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,15 @@ def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
     assert list((run / "tensorboard").iterdir()) and (run / "logs" / "rank-00000.log").is_file()
 
 
+def test_wandb_keeps_a_run_offline_and_goes_on_under_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(folder, "tracked", "--log.wandb", "true", "--log.wandb_project", "tests")
+    identifier = (folder / "tracked" / "wandb_id").read_text()
+    (offline,) = (folder / "tracked" / "wandb").glob("offline-run-*")
+    assert offline.name.endswith(identifier) and list(offline.glob("*.wandb"))
+
+
 def test_a_model_that_packing_would_get_wrong_is_trained_padded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -127,6 +127,24 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) 
     )
 
 
+def make_scorer(
+    model: Callable[[PairBatch], tuple[Tensor, Tensor | None]], visits: torch.device | None = None
+) -> Scorer:
+    """The log-probs of a frozen model, without grad. With `visits` the model is a module whose weights are on that
+    device for the forward only, and on the CPU between."""
+
+    @torch.no_grad()
+    def score(batch: PairBatch) -> Tensor:
+        if visits is not None:
+            cast(nn.Module, model).to(visits)
+        logps_S, _ = model(batch)
+        if visits is not None:
+            cast(nn.Module, model).to("cpu")
+        return logps_S
+
+    return score
+
+
 class TorchEngine:
     """What single device and FSDP2 share: fp32 parameters under a fused AdamW, in named tensors.
 
@@ -231,17 +249,7 @@ class SingleEngine(TorchEngine):
         """See `Engine`."""
         model = frozen_policy(source, self.policy.layout, self.dtype)
         model.to("cpu" if offload else self.device)
-
-        @torch.no_grad()
-        def score(batch: PairBatch) -> Tensor:
-            if offload:
-                model.to(self.device)
-            logps_S, _ = model(batch)
-            if offload:
-                model.to("cpu")
-            return logps_S
-
-        return score
+        return make_scorer(model, self.device if offload else None)
 
     def save(self, directory: Path) -> None:
         """See `Engine`: one safetensors file."""

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data_utils.schema import PairBatch
 from dpo.ds_json import complete_ds_json
-from dpo.engine import Build, CheckpointError, Scorer, StepResult, make_optimizer
+from dpo.engine import Build, CheckpointError, Scorer, StepResult, make_optimizer, make_scorer
 from dpo.logps import HeadStatistic
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 
@@ -90,18 +90,7 @@ class DeepSpeedEngine:
             model, *_ = deepspeed.initialize(model=model, config=self.settings | {"zero_optimization": zero})
         else:
             model.to("cpu" if offload else self.world.device)
-        moves = offload and self.stage != 3
-
-        @torch.no_grad()
-        def score(batch: PairBatch) -> Tensor:
-            if moves:
-                model.to(self.world.device)
-            logps_S, _ = model(batch)
-            if moves:
-                model.to("cpu")
-            return logps_S
-
-        return score
+        return make_scorer(model, self.world.device if offload and self.stage != 3 else None)
 
     def save(self, directory: Path) -> None:
         """See `Engine`. DeepSpeed writes pickles, one per rank."""

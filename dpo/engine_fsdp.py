@@ -19,8 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data_utils.schema import PairBatch
-from dpo.engine import Build, CheckpointError, Scorer, TorchEngine
+from dpo.engine import Build, CheckpointError, Scorer, TorchEngine, make_scorer
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 from dpo.world import World
 
@@ -47,17 +46,22 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, offload: Offload
     fully_shard(policy, **settings)
 
 
-def fill(empty: Policy, full: Policy | None, device: torch.device) -> None:
+def fill(empty: Policy, full: Policy | None, device: torch.device, *, offload: bool = False) -> None:
     """Give a sharded policy on the meta device its weights from rank 0's full one: a tensor at a time, so that no
-    other rank ever holds more than its shards."""
-    empty.to_empty(device=device)
+    other rank ever holds more than its shards.
+
+    Args:
+        device: where to compute, and so where buffers are; weights as well, unless `offload` keeps them on the CPU.
+    """
+    empty.to_empty(device="cpu" if offload else device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(empty, full.state_dict() if full is not None else {}, options=options)
     originals = dict(full.named_buffers()) if full is not None else {}
-    for name, buffer in empty.named_buffers():
-        if name in originals:
-            buffer.copy_(originals[name])
-        dist.broadcast(buffer, src=0)
+    for path, module in empty.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            filled = originals.get(f"{path}.{name}".lstrip("."), buffer).to(device)
+            dist.broadcast(filled, src=0)
+            setattr(module, name, filled)
 
 
 class FSDP2Engine(TorchEngine):
@@ -97,14 +101,8 @@ class FSDP2Engine(TorchEngine):
         model = frozen_policy(*arguments, empty=True)
         on_gpu = self.world.device.type == "cuda"
         shard(model, self.mesh, self.dtype, CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy())
-        fill(model, full, torch.device("cpu") if offload else self.world.device)
-
-        @torch.no_grad()
-        def score(batch: PairBatch) -> Tensor:
-            logps_S, _ = model(batch)
-            return logps_S
-
-        return score
+        fill(model, full, self.world.device, offload=offload)
+        return make_scorer(model)
 
     def save(self, directory: Path) -> None:
         """See `Engine`: a distributed checkpoint, of which each rank writes its shards."""

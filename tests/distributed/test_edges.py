@@ -50,3 +50,12 @@ def test_a_step_without_a_pair_passes(trained: Lab, engine: str) -> None:
     assert [row["skipped_steps"] for row in ours] == [0] * 8
     assert ours[1]["grad_norm"] == 0
     assert [row["loss"] for row in ours[2:5]] == pytest.approx([row["loss"] for row in theirs[2:5]], abs=2e-5)
+
+
+def test_another_reference_kept_on_the_cpu_scores_alike_in_every_engine(lab: Lab) -> None:
+    rows = []
+    for num_ranks, engines in ((1, {"single": []}), (2, ENGINES)):
+        flags = ["--reference.path", str(lab.folder / "model"), "--reference.offload", "true"]
+        lab.train(num_ranks, *(lab.command(f"offload-{name}", *engine, *flags) for name, engine in engines.items()))
+        rows += [[row["loss"] for row in lab.training_rows(f"offload-{name}")] for name in engines]
+    assert rows[1] == pytest.approx(rows[0], abs=2e-5) and rows[2] == pytest.approx(rows[0], abs=2e-5)

@@ -17,7 +17,10 @@ LAUNCHER = ROOT / "launch" / "local.py"
 BEGIN = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-mark = lambda name: open(f"{name}.{rank}", "w").write(str(os.getpid()))
+def mark(name):  # there, and complete, at once
+    with open(f".{name}.{rank}", "w") as file:
+        file.write(str(os.getpid()))
+    os.replace(f".{name}.{rank}", f"{name}.{rank}")
 """
 # Ranks that stop on request as the trainer does: at the end of a "step", which takes them unequal times.
 STOPPING = """

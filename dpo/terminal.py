@@ -40,7 +40,7 @@ class Terminal:
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=8),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
@@ -62,8 +62,8 @@ class Terminal:
             else math.inf
         )
         note = (
-            f"loss {row['loss']:.4f}  margin {row['rewards/margins']:.3f}  accuracy {row['rewards/accuracies']:.2f}"
-            f"  {row['pairs_per_second']:.2f} pairs/s"
+            f"loss {row['loss']:.4f} margin {row['rewards/margins']:.2f} accuracy {row['rewards/accuracies']:.2f}"
+            f" {row['pairs_per_second']:.3g} pairs/s"
         )
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=row["step"], note=note)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_utils.batching import idle_batch
-from data_utils.schema import Layout, PairBatch, RowError, Step
+from data_utils.schema import DataError, Layout, PairBatch, RowError, Step
 from dpo.signals import StopRequest
 from dpo.world import World
 
@@ -77,5 +77,10 @@ def _next(steps: Iterator[Step]) -> tuple[Step | None, Exception | None, float]:
     since = time.perf_counter()
     try:
         return next(steps, None), None, time.perf_counter() - since
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return None, error, time.perf_counter() - since
+    except OSError as error:
+        message = (
+            f"{error.filename}: {error.strerror}: a shard went away during the run: restore it and start again"
+        )
+        return None, DataError(message), time.perf_counter() - since

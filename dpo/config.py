@@ -19,11 +19,11 @@ from dpo.config_text import (
     split_flags,
     yaml_values,
 )
+from dpo.refusals import ConfigError
 from dpo.sections import (
     BatchSection,
     CheckpointSection,
     Config,
-    ConfigError,
     DataSection,
     DataSource,
     EvalSection,

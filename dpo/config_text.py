@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dpo.sections import Config, ConfigError, DataSource, unknown_name
+from dpo.refusals import ConfigError, unknown_name
+from dpo.sections import Config, DataSource
 
 RECORD_KEY = "record"
 """Top-level key of a run directory's config.yaml that holds versions, commit and world; not part of the config."""

@@ -11,7 +11,8 @@ import json
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from dpo.sections import SHIPPED_DS_CONFIGS, ConfigError
+from dpo.refusals import ConfigError
+from dpo.sections import SHIPPED_DS_CONFIGS
 
 DEEPSPEED_VERSION = "0.19.8"
 """The release that the names below were taken from."""

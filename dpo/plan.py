@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dpo.sections import ConfigError
+from dpo.refusals import ConfigError
 
 if TYPE_CHECKING:
     from dpo.sections import Config, OptimSection

@@ -7,18 +7,15 @@ Imports nothing but the standard library, so that `--help` and every check answe
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Literal
+
+from dpo.refusals import ConfigError, at_least, in_range, positive, require, unchanged, unknown_name
 
 SHIPPED_DS_CONFIGS = "ds_configs/zero1.json, zero2.json or zero3.json"
 
 
 _ORDER_KEYS = ("batch.pairs_per_step", "data.shuffle", "train.seed")
 """A resume in the middle of an epoch could not keep that each pair comes once, were one of these changed."""
-
-
-class ConfigError(ValueError):
-    """The config cannot be used; the message is one line: which key, what is wrong, what to set."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class ModelSection:
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
-        _require(self.path != "", "model.path is empty: give a folder or a hub name with --model.path")
+        require(self.path != "", "model.path is empty: give a folder or a hub name with --model.path")
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,13 @@ class DataSection:
     """With on_bad_row=skip: stop when more than this fraction of the rows was skipped."""
 
     def __post_init__(self) -> None:
-        _require(len(self.train) > 0, "data.train is empty: name at least one file, glob or folder with --data.train")
+        require(len(self.train) > 0, "data.train is empty: name at least one file, glob or folder with --data.train")
         paths = [entry if isinstance(entry, str) else entry.path for entry in self.train + self.eval]
-        _require("" not in paths, "data.train and data.eval must not hold an empty path: drop it")
-        _at_least("data.max_length", self.max_length, 2)
-        _in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
+        require("" not in paths, "data.train and data.eval must not hold an empty path: drop it")
+        at_least("data.max_length", self.max_length, 2)
+        in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
         if self.on_bad_row == "error":
-            _unchanged(self, "data", ("max_bad_fraction",), "data.on_bad_row=error", "--data.on_bad_row skip")
+            unchanged(self, "data", ("max_bad_fraction",), "data.on_bad_row=error", "--data.on_bad_row skip")
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,9 @@ class LossSection:
     """Probability that a preference is flipped, in [0, 0.5); above 0: conservative DPO (cDPO)."""
 
     def __post_init__(self) -> None:
-        _require(len(self.type) == 1, "loss.type takes one loss in this version: set --loss.type sigmoid")
-        _positive("loss.beta", self.beta)
-        _in_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
+        require(len(self.type) == 1, "loss.type takes one loss in this version: set --loss.type sigmoid")
+        positive("loss.beta", self.beta)
+        in_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -110,17 +107,17 @@ class LoraSection:
     """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
 
     def __post_init__(self) -> None:
-        _at_least("lora.r", self.r, 0)
+        at_least("lora.r", self.r, 0)
         if self.r == 0:
             names = ("alpha", "dropout", "target_modules", "use_dora", "use_rslora")
-            _unchanged(self, "lora", names, "lora.r=0 (full fine-tuning)", "--lora.r 16")
+            unchanged(self, "lora", names, "lora.r=0 (full fine-tuning)", "--lora.r 16")
             return
         if self.alpha is not None:
-            _at_least("lora.alpha", self.alpha, 1)
-        _in_range("lora.dropout", self.dropout, 0, 1)
-        _require(len(self.target_modules) > 0, "lora.target_modules is empty: name layers, or set it to all-linear")
+            at_least("lora.alpha", self.alpha, 1)
+        in_range("lora.dropout", self.dropout, 0, 1)
+        require(len(self.target_modules) > 0, "lora.target_modules is empty: name layers, or set it to all-linear")
         alone = "all-linear" not in self.target_modules or len(self.target_modules) == 1
-        _require(alone, "lora.target_modules: all-linear covers every linear layer, so drop the other names")
+        require(alone, "lora.target_modules: all-linear covers every linear layer, so drop the other names")
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class ReferenceSection:
     def __post_init__(self) -> None:
         if self.mode == "adapter_off":
             names, remedy = ("path", "offload"), "--reference.mode frozen_copy"
-            _unchanged(self, "reference", names, "reference.mode=adapter_off", remedy)
+            unchanged(self, "reference", names, "reference.mode=adapter_off", remedy)
 
 
 @dataclass(frozen=True)
@@ -152,8 +149,8 @@ class BatchSection:
     """padded: a row per sequence; packed: one row without padding; auto: the best that the model allows."""
 
     def __post_init__(self) -> None:
-        _at_least("batch.pairs_per_step", self.pairs_per_step, 1)
-        _at_least("batch.tokens_per_micro_batch", self.tokens_per_micro_batch, 1)
+        at_least("batch.pairs_per_step", self.pairs_per_step, 1)
+        at_least("batch.tokens_per_micro_batch", self.tokens_per_micro_batch, 1)
 
 
 @dataclass(frozen=True)
@@ -171,18 +168,16 @@ class ParallelSection:
 
     def __post_init__(self) -> None:
         if self.engine == "deepspeed":
-            _require(
+            require(
                 self.ds_config is not None,
                 f"parallel.engine=deepspeed needs --parallel.ds_config: {SHIPPED_DS_CONFIGS}",
             )
         else:
-            _unchanged(
-                self, "parallel", ("ds_config",), f"parallel.engine={self.engine}", "--parallel.engine deepspeed"
-            )
+            unchanged(self, "parallel", ("ds_config",), f"parallel.engine={self.engine}", "--parallel.engine deepspeed")
         if self.engine not in ("auto", "fsdp2"):
-            _unchanged(self, "parallel", ("shard_size",), f"parallel.engine={self.engine}", "--parallel.engine fsdp2")
+            unchanged(self, "parallel", ("shard_size",), f"parallel.engine={self.engine}", "--parallel.engine fsdp2")
         if self.shard_size is not None:
-            _at_least("parallel.shard_size", self.shard_size, 1)
+            at_least("parallel.shard_size", self.shard_size, 1)
 
 
 @dataclass(frozen=True)
@@ -210,13 +205,13 @@ class OptimSection:
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None:
-            _positive("optim.learning_rate", self.learning_rate)
-        _in_range("optim.warmup_ratio", self.warmup_ratio, 0, 1)
-        _at_least("optim.weight_decay", self.weight_decay, 0)
-        _at_least("optim.max_grad_norm", self.max_grad_norm, 0)
-        _in_range("optim.adam_beta1", self.adam_beta1, 0, 1)
-        _in_range("optim.adam_beta2", self.adam_beta2, 0, 1)
-        _positive("optim.adam_epsilon", self.adam_epsilon)
+            positive("optim.learning_rate", self.learning_rate)
+        in_range("optim.warmup_ratio", self.warmup_ratio, 0, 1)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.max_grad_norm", self.max_grad_norm, 0)
+        in_range("optim.adam_beta1", self.adam_beta1, 0, 1)
+        in_range("optim.adam_beta2", self.adam_beta2, 0, 1)
+        positive("optim.adam_epsilon", self.adam_epsilon)
 
 
 @dataclass(frozen=True)
@@ -235,12 +230,12 @@ class TrainSection:
     """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
-        _at_least("train.epochs", self.epochs, 1)
+        at_least("train.epochs", self.epochs, 1)
         if self.max_steps is not None:
-            _at_least("train.max_steps", self.max_steps, 1)
+            at_least("train.max_steps", self.max_steps, 1)
         if self.stop_after_steps is not None:
-            _at_least("train.stop_after_steps", self.stop_after_steps, 1)
-        _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), not {self.seed}")
+            at_least("train.stop_after_steps", self.stop_after_steps, 1)
+        require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -258,9 +253,9 @@ class CheckpointSection:
 
     def __post_init__(self) -> None:
         if self.every_steps is not None:
-            _at_least("checkpoint.every_steps", self.every_steps, 1)
-        _at_least("checkpoint.keep", self.keep, 1)
-        _require(self.resume != "", "checkpoint.resume is empty: set auto, never or the path of a checkpoint")
+            at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+        require(self.resume != "", "checkpoint.resume is empty: set auto, never or the path of a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -277,9 +272,9 @@ class LogSection:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        _at_least("log.every_steps", self.every_steps, 1)
+        at_least("log.every_steps", self.every_steps, 1)
         if not self.wandb:
-            _unchanged(self, "log", ("wandb_project",), "log.wandb=false", "--log.wandb true")
+            unchanged(self, "log", ("wandb_project",), "log.wandb=false", "--log.wandb true")
 
 
 @dataclass(frozen=True)
@@ -293,7 +288,7 @@ class EvalSection:
 
     def __post_init__(self) -> None:
         if self.every_steps is not None:
-            _at_least("eval.every_steps", self.every_steps, 1)
+            at_least("eval.every_steps", self.every_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -312,7 +307,7 @@ class RunSection:
     """Run directory: config, status, metrics, checkpoints and the final model."""
 
     def __post_init__(self) -> None:
-        _require(self.dir != "", "run.dir is empty: name the directory for the results with --run.dir")
+        require(self.dir != "", "run.dir is empty: name the directory for the results with --run.dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,9 +334,9 @@ class Config:
             default = 1e-5 if self.lora.r else 1e-6
             object.__setattr__(self, "optim", replace(self.optim, learning_rate=default))
         if self.eval.every_steps is not None:
-            _require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
+            require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
         if self.export.merge_lora:
-            _require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
+            require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
         if self.batch.layout == "packed" and self.model.attn_implementation is not None:
             remedy = "drop model.attn_implementation, or set --batch.layout padded"
             raise ConfigError(f"batch.layout=packed brings its own attention: {remedy}")
@@ -360,7 +355,7 @@ class Config:
     def _check_reference(self) -> None:
         if self.reference.mode == "adapter_off":
             remedy = "set --lora.r 16, or --reference.mode frozen_copy"
-            _require(self.lora.r > 0, f"reference.mode=adapter_off needs an adapter, but lora.r=0: {remedy}")
+            require(self.lora.r > 0, f"reference.mode=adapter_off needs an adapter, but lora.r=0: {remedy}")
         if self.reference.offload and self.reference_source == "adapter_off":
             remedy = "set --reference.mode frozen_copy, or drop it"
             raise ConfigError(f"reference.offload does nothing when the adapter is switched off: {remedy}")
@@ -371,34 +366,3 @@ class Config:
         if self.reference.mode != "auto":
             return self.reference.mode
         return "adapter_off" if self.lora.r > 0 and self.reference.path is None else "frozen_copy"
-
-
-def unknown_name(kind: str, name: str, known: list[str]) -> str:
-    """ "unknown key 'optim.lr': did you mean 'optim.learning_rate'?", or where to look when no name is near."""
-    near = get_close_matches(name, known, n=1)
-    listed = f"known: {', '.join(known)}" if len(known) < 20 else "--help lists the known ones"
-    return f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else listed)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _at_least(key: str, value: float | None, least: int) -> None:
-    _require(value is not None and value >= least, f"{key} must be at least {least}, not {value}: set --{key}")
-
-
-def _positive(key: str, value: float) -> None:
-    _require(value > 0, f"{key} must be above 0, not {value}: set --{key}")
-
-
-def _in_range(key: str, value: float, low: float, high: float) -> None:
-    _require(low <= value < high, f"{key} must be in [{low}, {high}), not {value}: set --{key}")
-
-
-def _unchanged(section: object, prefix: str, names: tuple[str, ...], because: str, remedy: str) -> None:
-    """Refuse an option that would be ignored: a field that differs from its default."""
-    for spec in fields(section):  # type: ignore[arg-type]
-        if spec.name in names and getattr(section, spec.name) != spec.default:
-            raise ConfigError(f"{prefix}.{spec.name} does nothing with {because}: set {remedy}, or drop it")

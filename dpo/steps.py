@@ -80,7 +80,5 @@ def _next(steps: Iterator[Step]) -> tuple[Step | None, Exception | None, float]:
     except ValueError as error:
         return None, error, time.perf_counter() - since
     except OSError as error:
-        message = (
-            f"{error.filename}: {error.strerror}: a shard went away during the run: restore it and start again"
-        )
+        message = f"{error.filename}: {error.strerror}: a shard went away during the run: restore it and start again"
         return None, DataError(message), time.perf_counter() - since

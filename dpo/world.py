@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from dpo.sections import ConfigError
+from dpo.refusals import ConfigError
 
 Kind = Literal["auto", "cpu", "cuda"]
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from dpo.ds_json import (
     complete_ds_json,
     read_ds_json,
 )
-from dpo.sections import ConfigError
+from dpo.refusals import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))

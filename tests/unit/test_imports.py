@@ -79,7 +79,7 @@ def test_data_utils_knows_neither_dpo_nor_other_ranks() -> None:
     [
         ("dpo.loss", {"data_utils.schema"}),
         ("dpo.logps", {"data_utils.schema"}),
-        ("dpo.plan", {"dpo.sections"}),
+        ("dpo.plan", {"dpo.refusals", "dpo.sections"}),
     ],
 )
 def test_the_pure_parts_import_nothing_of_ours_but_their_input(module: str, allowed: set[str]) -> None:

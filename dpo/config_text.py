@@ -19,9 +19,6 @@ from dpo.sections import Config, DataSource
 RECORD_KEY = "record"
 """Top-level key of a run directory's config.yaml that holds versions, commit and world; not part of the config."""
 
-Raw = dict[str, dict[str, Any]]
-"""section -> key -> value as written: text, or a list or mapping of text."""
-
 _OTHER_WORDS = {
     "lr": "optim.learning_rate",
     "num_train_epochs": "train.epochs",

@@ -47,7 +47,7 @@ def check_training(arguments: list[str]) -> None:
     run(sys.executable, "train_dpo.py", *arguments, "--print-config")
 
 
-def check(command: str) -> None:
+def check_command(command: str) -> None:
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
     if words[0] in COVERED:
         return
@@ -68,15 +68,15 @@ def test_readme_shows_the_two_commands() -> None:
     assert "tests/run.sh" in shown
 
 
-@pytest.mark.parametrize("command", commands(README.read_text(encoding="utf-8")) if README.exists() else [])
+@pytest.mark.parametrize("command", commands(README.read_text(encoding="utf-8")))
 def test_a_command_of_the_readme_works(command: str) -> None:
-    check(command)
+    check_command(command)
 
 
 @pytest.mark.parametrize("command", ["launch/local.sh --no.such_flag 1", "python other.py", "launch/none.sh"])
 def test_a_command_that_does_not_work_is_noticed(command: str) -> None:
     with pytest.raises((AssertionError, FileNotFoundError)):
-        check(command)
+        check_command(command)
 
 
 def test_commands_are_read_from_bash_blocks_only() -> None:

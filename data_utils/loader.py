@@ -77,7 +77,7 @@ class StepLoader:
 
     def _step(self, number: int) -> Step:
         epoch, window = self.order.window(number)
-        mine = window[assign(self.shards.row_bytes[window], self.world_size)[self.rank]]
+        mine = window[assign(self.shards.row_bytes(window), self.world_size)[self.rank]]
         pairs, skipped = [], []
         for index in mine.tolist():
             try:

@@ -7,14 +7,16 @@ T tokens of a row, N scored (response) tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
-Message = dict[str, str]
+Message = dict[str, Any]
+Tool = dict[str, Any]
 Text = str | list[Message]
 Layout = Literal["padded", "packed"]
+Spans = tuple[tuple[int, int], ...]
 
 
 class DataError(ValueError):
@@ -53,19 +55,31 @@ class PairColumns:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """One row of a shard: a prompt and two responses, as plain strings or as message lists."""
+    """One row of a shard: a prompt and two responses, as plain strings or as message lists.
+
+    Attributes:
+        tools: JSON schemas of the functions that the assistant may call, for the chat template.
+        family: what kind of row it was converted from, such as "HH transcripts"; empty where nothing was converted.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
     columns: PairColumns
     where: str
+    tools: tuple[Tool, ...] = ()
+    family: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
     """One pair in token ids. `prompt_ids` is common to both sequences; each response is non-empty and ends in EOS
-    unless it was truncated."""
+    unless it was truncated.
+
+    Attributes:
+        chosen_scored, rejected_scored: half-open spans of the response's ids that are scored, ascending and apart:
+            the assistant's turns of a response of several turns. None: all of them.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -73,6 +87,8 @@ class TokenizedPair:
     columns: PairColumns
     where: str
     index: int
+    chosen_scored: Spans | None = None
+    rejected_scored: Spans | None = None
 
     @property
     def sequence_lengths(self) -> tuple[int, int]:

@@ -43,7 +43,7 @@ class ShardSet:
         self._files = files
         self._sources = sources
         self._ends = np.cumsum([len(file.row_bytes) for file in files])
-        self.row_bytes = np.concatenate([file.row_bytes for file in files])
+        self._row_bytes = np.concatenate([file.row_bytes for file in files])
         self.fingerprint = fingerprint
 
     @classmethod
@@ -62,12 +62,16 @@ class ShardSet:
         return cls(files, [item.source for item in listed], _fingerprint(listed))
 
     def __len__(self) -> int:
-        return len(self.row_bytes)
+        return len(self._row_bytes)
 
     @property
     def files(self) -> list[str]:
         """Paths of the files, in order."""
         return [file.path for file in self._files]
+
+    def row_bytes(self, indices: np.ndarray) -> np.ndarray:
+        """(n,) int64 size of each of the rows, a stand-in for its tokens."""
+        return self._row_bytes[indices]
 
     def where(self, index: int) -> str:
         """ "file:line" of a row, counted from 1 (Parquet: file:row)."""

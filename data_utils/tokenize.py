@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data_utils.schema import DataError, Message, PreferencePair, RowError, TokenizedPair
@@ -67,6 +68,16 @@ class PairTokenizer:
             message = f"chosen equals rejected in its first {len(chosen_ids)} tokens, all that max_length leaves"
             raise RowError(pair.where, "identical", f"{message}; raise it or drop the row")
         return TokenizedPair(prompt[:shared], chosen_ids, rejected_ids, pair.columns, pair.where, index)
+
+    def many(self, pairs: Sequence[PreferencePair], indices: Sequence[int]) -> list[TokenizedPair | RowError]:
+        """Tokenize many pairs, each as `__call__` does; a pair that cannot be used gives its RowError."""
+        results: list[TokenizedPair | RowError] = []
+        for pair, index in zip(pairs, indices, strict=True):
+            try:
+                results.append(self(pair, index))
+            except RowError as error:
+                results.append(error)
+        return results
 
     def _encode_strings(self, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
         """Ids of prompt, prompt + chosen + EOS and prompt + rejected + EOS."""

@@ -26,7 +26,11 @@ MAX_NUMBER = 1e30  # finite in float32 too
 ROLES = ("system", "user", "assistant")
 
 
-def parse_row(row: object, where: str, source: str = "") -> PreferencePair:
+def num_pairs(row: object, ranked: str) -> int:
+    return 1
+
+
+def parse_row(row: object, where: str, source: str = "", ranked: str = "best_worst", pick: int = 0) -> PreferencePair:
     """Check one row and bring it to one of two shapes: three strings, or three message lists.
 
     As messages, `prompt` ends with a user turn and each response is one assistant turn. Columns that are not known
@@ -64,6 +68,11 @@ def missing_columns(keys: Iterable[str]) -> str | None:
         return None
     near = [_nearest(name, keys) for name in missing]
     return f"no column {' and '.join(missing)}; found: {list_keys(keys)}{''.join(near)}; {KNOWN_FORMATS}"
+
+
+def wanted_columns(keys: Iterable[str]) -> list[str]:
+    """The columns of a file that `parse_row` reads."""
+    return [key for key in keys if key in KNOWN_COLUMNS]
 
 
 def _nearest(name: str, keys: list[str]) -> str:

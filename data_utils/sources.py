@@ -159,7 +159,7 @@ def _expand_hub(path: str, source: int) -> list[Found]:
     owner, name, *inside = path.removeprefix("hf://").removeprefix("datasets/").split("/")
     root = f"hf://{owner}/{name}" if name else path
     if inside:
-        pattern = path if inside[-1].endswith(ENDINGS) or glob.has_magic(path) else f"{path.rstrip('/')}/**.parquet"
+        pattern = path if inside[-1].endswith(ENDINGS) or glob.has_magic(path) else f"{path.rstrip('/')}/**/*.parquet"
         return _named(stores.matching(pattern) if glob.has_magic(pattern) else [path], root, path, source)
     files = [file for file in stores.files_below(root) if file.endswith(".parquet")]
     if not files and "@" not in name:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_utils.formats import KNOWN_COLUMNS, list_keys, missing_columns
+from data_utils.formats import list_keys, missing_columns, wanted_columns
 from data_utils.schema import DataError, RowError
 
 MAX_LINE_BYTES = 64 << 20
@@ -170,7 +170,7 @@ class ParquetFile:
             names = self._file.schema_arrow.names
             if problem := missing_columns(names):
                 raise DataError(f"{path}: {problem}")
-            self._columns = [name for name in names if name in KNOWN_COLUMNS]
+            self._columns = wanted_columns(names)
             sizes = [self._row_bytes(group) for group in range(self._file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from data_utils.formats import missing_columns, near_misses, parse_row, wanted_columns
 from data_utils.schema import PairColumns, RowError
+from data_utils.shards import ShardSet
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -265,3 +267,28 @@ def test_other_columns_are_no_near_misses() -> None:
     common = "idx meta model chosen_model table resource_id data_source score prompt_id messages annotators_agreeing"
     assert near_misses([*STRINGS, *common.split()]) == []
     assert near_misses(["history", "human_ref_A", "human_ref_B", "labels"]) == []
+
+
+FAULTS = {
+    "missing key": ({"prompt": "Hi", "chosen": "Hello!"}, "schema", "no column rejected; found: prompt, chosen"),
+    "integer": (STRINGS | {"chosen": 5}, "schema", "column chosen is a number"),
+    "null": (STRINGS | {"rejected": None}, "schema", "column rejected is null"),
+    "list of integers": (STRINGS | {"chosen": [1, 2]}, "schema", "chosen, message 1 is a number"),
+    "nested": (STRINGS | {"chosen": {"text": "Hello!"}}, "schema", "column chosen is an object"),
+    "empty": (STRINGS | {"chosen": ""}, "empty_response", "chosen is empty"),
+    "white space": (STRINGS | {"rejected": " \n"}, "empty_response", "rejected is empty or only white space"),
+    "identical": (STRINGS | {"chosen": STRINGS["rejected"]}, "identical", "chosen equals rejected"),
+    "unknown family": ({"input": "Hi", "output": "Hello!"}, "schema", "found: input, output; known formats"),
+    "roles not alternating": ({"chosen": [USER, USER, GOOD], "rejected": [USER, USER, BAD]}, "roles", "turn 2"),
+    "last turn the user's": ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "roles", "last turn of chosen"),
+}
+
+
+def test_every_fault_of_a_row_is_named_with_its_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "shard.jsonl"
+    lines = [json.dumps(row) for row, _, _ in FAULTS.values()]
+    path.write_text("\n\n".join([json.dumps(STRINGS), *lines]) + "\n", encoding="utf-8")
+    errors = ShardSet.open([str(path)]).check(range(len(FAULTS) + 1))
+    assert len(errors) == len(FAULTS)
+    for place, (error, (_, cause, says)) in enumerate(zip(errors, FAULTS.values(), strict=True), start=1):
+        assert error.cause == cause and str(error).startswith(f"{path}:{2 * place + 1}: ") and says in str(error)

@@ -59,7 +59,7 @@ def _one_pair(pairs: list[tuple[int, int]], scores: list[float], ranked: Ranked,
     if ranked == "best_worst":
         return best, scores.index(min(scores))
     others = [pair for pair in pairs if pair[0] == best]
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(json.dumps(content, sort_keys=True, default=repr).encode(), digest_size=8).digest()
     return others[int.from_bytes(digest, "little") % len(others)]
 
 

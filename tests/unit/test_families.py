@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -347,6 +348,12 @@ def test_best_random_is_drawn_by_content() -> None:
     counts = Counter(str(pair.rejected) for pair in drawn)
     assert set(counts) == set("acd") and min(counts.values()) >= 10
     assert all(pair.columns.margin == {"a": 2, "c": 1, "d": 3}[str(pair.rejected)] for pair in drawn)
+
+
+def test_best_random_of_values_that_only_parquet_has() -> None:
+    texts = [[assistant(text) | {"at": datetime(2026, 1, 2, tzinfo=UTC)}] for text in ("Hello!", "Go away.")]
+    pair = parse_row({"prompt": "Hi", "responses": texts, "scores": [2, 1]}, WHERE, ranked="best_random")
+    assert (pair.chosen, pair.rejected) == ([GOOD], [BAD])
 
 
 @pytest.mark.parametrize(

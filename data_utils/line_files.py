@@ -106,6 +106,11 @@ class LineFile:
             raise self._changed(row)
         return parse_json(line, self.where(row))
 
+    def keys(self) -> list[str]:
+        """Keys of the first row. Raises RowError."""
+        row = self.row(0)
+        return list(row) if isinstance(row, dict) else []
+
     def _plain_text(self) -> str:
         if self._text is None:
             self._text = plain_text(self.path, self._scratch)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_utils.formats import num_pairs, parse_row
+from data_utils.formats import near_misses, num_pairs, parse_row
 from data_utils.line_files import LineFile, LineIndex, make_indexes
 from data_utils.manifest import fingerprint
 from data_utils.mixture import Part
@@ -46,6 +46,10 @@ class ShardFile(Protocol):
 
     def where(self, row: int) -> str:
         """ "file:line" of a row (tables: file:row), counted from 1."""
+        ...
+
+    def keys(self) -> list[str]:
+        """What its columns are called, as far as its start tells. Raises RowError, DataError."""
         ...
 
     def row(self, row: int) -> object:
@@ -149,6 +153,20 @@ class ShardSet:
         if source.beta is None or pair.columns.beta is not None:
             return pair
         return replace(pair, columns=replace(pair.columns, beta=source.beta))
+
+    def notes(self) -> list[str]:
+        """What to tell people about each source, going by its first row: the family that it is converted from, and
+        columns that are ignored though they look like ours."""
+        notes = []
+        for part in self.parts:
+            file = self._files[self._locate(part.first)[0]]
+            try:
+                family, ignored = self.pair(part.first).family, near_misses(file.keys())
+            except RowError:  # met again, and named, when it is its turn
+                continue
+            notes += [f"{file.path}: read as {family}"] if family else []
+            notes += [f"warning: {file.path}: {note}" for note in ignored]
+        return notes
 
     def unchecked(self) -> list[range]:
         """Indices of the pairs whose rows no manifest has looked at."""

@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
 
 import numpy as np
 
 from data_utils import line_files, manifest, stores, table_files
 from data_utils.manifest import Shard, read_manifest
+from data_utils.ranked import Ranked
 from data_utils.schema import DataError
 
-Ranked = Literal["best_worst", "best_random", "all"]
 ENDINGS = (*line_files.PLAIN_ENDINGS, *line_files.COMPRESSED_ENDINGS, *table_files.ENDINGS)
 _SPLIT_OF_FILE = re.compile(r"([^/]+?)(?:-\d+-of-\d+(?:-[0-9a-f]+)?)?\.[a-z.]+$")
 

@@ -102,6 +102,10 @@ class TableFile:
         """Rows of the file."""
         return int(self._starts[-1])
 
+    def keys(self) -> list[str]:
+        """Names of all columns."""
+        return self._open().names
+
     @property
     def group_rows(self) -> list[int]:
         """Rows of each group."""

@@ -205,6 +205,8 @@ class Run:
             ValueError: data that cannot be used; what was trained until then is saved.
         """
         self._say_hello(first)
+        for note in self.world.together(lambda: self.shards.notes() if self.world.is_main else []):
+            self.terminal.say(note)
         if first == 0:
             self._check_step0()
             self.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}

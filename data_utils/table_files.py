@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,10 +92,9 @@ class TableFile:
         self.identity = identity
         self._hashes = [group.hash for group in groups]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._mapped: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None, "_mapped": OrderedDict()}
+        return self.__dict__ | {"_reader": None}
 
     @property
     def num_rows(self) -> int:
@@ -148,16 +147,9 @@ class TableFile:
 
     def _group(self, group: int) -> pa.Table:
         """A group's columns and row sizes, mapped from its unpacked copy."""
-        table = self._mapped.get(group)
-        if table is None:
-            name = entry_name("group", self.path, group)
-            path = self._scratch.make(name, lambda aside: self._unpack(group, aside))
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-            self._mapped[group] = table
-            if len(self._mapped) > MAPPED_GROUPS:
-                self._mapped.popitem(last=False)
-        return table
+        name = entry_name("group", self.path, group)
+        path = self._scratch.make(name, lambda aside: self._unpack(group, aside))
+        return _mapped(str(path), path.stat().st_mtime_ns)
 
     def _unpack(self, group: int, aside: Path) -> None:
         table, found = self._read(group)
@@ -200,6 +192,13 @@ class TableFile:
                 raise DataError(f"{self.path}: {problem}")
             self._reader = reader
         return self._reader
+
+
+@lru_cache(MAPPED_GROUPS)
+def _mapped(path: str, time_ns: int) -> pa.Table:
+    """An unpacked group; `time_ns`, of the file, tells it from one that a folder of the same name held before."""
+    with pa.memory_map(path) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 class _ParquetReader:

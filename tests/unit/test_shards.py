@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_parquet_messages_and_null_columns(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_in_any_order_with_a_small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_files, "MAPPED_GROUPS", 2)
+    monkeypatch.setattr(table_files, "_mapped", lru_cache(2)(table_files._mapped.__wrapped__))
     path = write_parquet(tmp_path / "a.parquet", [row(number) for number in range(50)], row_group_size=4)
     shards = ShardSet.open([path])
     for index in np.random.default_rng(0).permutation(50):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -39,7 +40,7 @@ def prompts(shards: ShardSet) -> list[str]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that stands for the hub: datasets/owner/name/..."""
     root = tmp_path / "hub"
     (root / "datasets").mkdir(parents=True)

@@ -61,11 +61,13 @@ class Manifest:
         folder: where it lies, and what its paths are relative to.
         shards: the files, in order.
         index: of each file, (rows,) of dtype INDEX, mapped. Rows of a table have a size only.
+        repeats: pairs of checked files that repeat an earlier one.
     """
 
     folder: str
     shards: tuple[Shard, ...]
     index: tuple[np.ndarray, ...]
+    repeats: int
 
 
 def read_manifest(path: str) -> Manifest:
@@ -81,6 +83,7 @@ def read_manifest(path: str) -> Manifest:
         if document["format"] != FORMAT:
             raise DataError(f"{path}: format {document['format']!r}, this version reads {FORMAT}; {remedy}")
         shards = tuple(_shard(entry) for entry in document["files"])
+        repeats = _whole(document["repeats"])
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -89,7 +92,7 @@ def read_manifest(path: str) -> Manifest:
         raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); {remedy}") from error
     for shard in shards:
         _check_path(path, file.parent, shard.path)
-    return Manifest(str(file.parent), shards, _mapped_index(file, shards, remedy))
+    return Manifest(str(file.parent), shards, _mapped_index(file, shards, remedy), repeats)
 
 
 def _mapped_index(file: Path, shards: Sequence[Shard], remedy: str) -> tuple[np.ndarray, ...]:
@@ -146,7 +149,7 @@ def _check_path(manifest: str, folder: Path, path: str) -> None:
         raise DataError(f"{manifest}: {path!r} is not a file below {folder}; a manifest names files of its own folder")
 
 
-def write_manifest(folder: Path, shards: Sequence[Shard], index: Sequence[np.ndarray]) -> None:
+def write_manifest(folder: Path, shards: Sequence[Shard], index: Sequence[np.ndarray], repeats: int) -> None:
     """Write manifest.json and manifest.rows; the former last, and each at once."""
     aside = folder / f".{ROWS_NAME}.{os.getpid()}"
     with aside.open("wb") as file:
@@ -159,6 +162,7 @@ def write_manifest(folder: Path, shards: Sequence[Shard], index: Sequence[np.nda
         "rows": sum(shard.rows for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
         "row_bytes": _percentiles(sizes),
+        "repeats": repeats,
         "fingerprint": fingerprint((shard.path, shard.rows, shard.identity) for shard in shards),
         "files": [_entry(shard) for shard in shards],
     }

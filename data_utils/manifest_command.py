@@ -6,8 +6,11 @@ import argparse
 import json
 import multiprocessing
 import os
+from array import array
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from data_utils.formats import parse_row
 from data_utils.line_files import INDEX, index_text, parse_json, plain_text, sha256_of
 from data_utils.manifest import NAME, ROWS_NAME, Shard, write_manifest
+from data_utils.repeats import num_repeats, pair_hash
 from data_utils.schema import DataError, RowError
 from data_utils.scratch import Scratch
 from data_utils.sources import ENDINGS
@@ -70,7 +74,7 @@ def describe(folder: Path, check: bool, num_workers: int, console: Console | Non
     paths = [path for path in files_below(str(folder)) if path.endswith(ENDINGS)]
     if not paths:
         raise DataError(f"no shards in {folder}; a shard is a file that ends in {', '.join(ENDINGS)}")
-    described: dict[str, tuple[Shard, np.ndarray]] = {}
+    described: dict[str, tuple[Shard, np.ndarray, np.ndarray]] = {}
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
         task = progress.add_task("", total=sum(map(os.path.getsize, paths)))
@@ -84,12 +88,13 @@ def describe(folder: Path, check: bool, num_workers: int, console: Console | Non
     shards = [described[path][0] for path in paths]
     if empty := [shard.path for shard in shards if not shard.rows]:
         raise DataError(f"{', '.join(empty)}: no rows; drop the empty shard or fill it")
-    write_manifest(folder, shards, [described[path][1] for path in paths])
+    repeats = num_repeats([described[path][2] for path in paths])
+    write_manifest(folder, shards, [described[path][1] for path in paths], repeats)
     return shards
 
 
-def describe_shard(folder: str, path: str, check: bool) -> tuple[Shard, np.ndarray]:
-    """One shard's entry and its index, of dtype INDEX. Raises DataError."""
+def describe_shard(folder: str, path: str, check: bool) -> tuple[Shard, np.ndarray, np.ndarray]:
+    """One shard's entry, its index (rows,) of dtype INDEX, and the hashes of its sound pairs. Raises DataError."""
     scratch = Scratch(f"manifest {os.getpid()}")
     try:
         describe_file = _describe_table if path.endswith(TABLE_ENDINGS) else _describe_lines
@@ -98,45 +103,46 @@ def describe_shard(folder: str, path: str, check: bool) -> tuple[Shard, np.ndarr
         scratch.close()
 
 
-class _Bad:
-    """Rows that cannot be used, by cause."""
+class _Rows:
+    """What is found when rows are parsed: those that cannot be used, by cause, and hashes of the others."""
 
     def __init__(self) -> None:
-        self.causes: Counter[str] = Counter()
-        self.first = ""
+        self.bad: Counter[str] = Counter()
+        self.first_bad = ""
+        self._hashes = array("Q")
 
-    def add(self, error: RowError) -> None:
-        self.first = self.first or str(error)
-        self.causes[error.cause] += 1
-
-
-def _describe_lines(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray]:
-    bad = _Bad()
-
-    def check_row(line: bytes, where: str) -> None:
+    def look_at(self, read: Callable[[], object], where: str) -> None:
         try:
-            parse_row(parse_json(line, where), where)
+            self._hashes.append(pair_hash(parse_row(read(), where)))
         except RowError as error:
-            bad.add(error)
+            self.first_bad = self.first_bad or str(error)
+            self.bad[error.cause] += 1
 
+    @property
+    def hashes(self) -> np.ndarray:
+        return np.frombuffer(self._hashes, np.uint64)
+
+
+def _describe_lines(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray, np.ndarray]:
+    rows = _Rows()
     text = plain_text(path, scratch)
-    index = index_text(path, text, check_row) if check else index_text(path, text)
+    if check:
+        index = index_text(path, text, lambda line, where: rows.look_at(partial(parse_json, line, where), where))
+    else:
+        index = index_text(path, text)
     size, sha256 = os.path.getsize(path), index.sha256
-    shard = Shard(name, len(index.rows), size, sha256, sha256, (), check, dict(bad.causes), bad.first)
-    return shard, index.rows
+    shard = Shard(name, len(index.rows), size, sha256, sha256, (), check, dict(rows.bad), rows.first_bad)
+    return shard, index.rows, rows.hashes
 
 
-def _describe_table(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray]:
-    bad = _Bad()
+def _describe_table(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray, np.ndarray]:
+    rows = _Rows()
     file = TableFile(path, scratch)
     index = np.zeros(file.num_rows, INDEX)
     index["bytes"] = file.row_bytes(np.arange(file.num_rows))
     for row in range(file.num_rows if check else 0):
-        try:
-            parse_row(file.row(row), file.where(row))
-        except RowError as error:
-            bad.add(error)
-    groups = tuple(Group(rows, file.hash_group(number)) for number, rows in enumerate(file.group_rows))
+        rows.look_at(partial(file.row, row), file.where(row))
+    groups = tuple(Group(size, file.hash_group(number)) for number, size in enumerate(file.group_rows))
     size, sha256 = os.path.getsize(path), sha256_of(path)
-    shard = Shard(name, file.num_rows, size, sha256, file.identity, groups, check, dict(bad.causes), bad.first)
-    return shard, index
+    shard = Shard(name, file.num_rows, size, sha256, file.identity, groups, check, dict(rows.bad), rows.first_bad)
+    return shard, index, rows.hashes

@@ -180,6 +180,11 @@ class ShardSet:
         counts = sum((Counter(shard.bad) for shard in bad), Counter[str]())
         return counts, bad[0].first_bad if bad else ""
 
+    @property
+    def num_repeats(self) -> int:
+        """Pairs that repeat an earlier one, as far as manifests know."""
+        return sum(item.repeats for item in self._found)
+
     def check(self, indices: Iterable[int]) -> list[RowError]:
         """Parse the given pairs and return what is wrong with them, in their order."""
         errors = []

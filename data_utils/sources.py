@@ -52,6 +52,7 @@ class Found:
         name: its path relative to the folder or the fixed part of the glob, for the fingerprint.
         source: number of its source.
         shard, index: what a manifest says of it.
+        repeats: of the first file of a manifest, the pairs of all its files that repeat an earlier one.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Found:
     source: int
     shard: Shard | None = None
     index: np.ndarray | None = None
+    repeats: int = 0
 
     @property
     def is_lines(self) -> bool:
@@ -137,7 +139,8 @@ def _listed(path: str, source: int) -> list[Found]:
         raise DataError(f"{path}: lists no shards")
     found = []
     for shard, index in zip(listed.shards, listed.index, strict=True):
-        found.append(Found(os.path.join(listed.folder, shard.path), shard.path, source, shard, index))
+        repeats = 0 if found else listed.repeats
+        found.append(Found(os.path.join(listed.folder, shard.path), shard.path, source, shard, index, repeats))
     if missing := [item.path for item in found if not os.path.isfile(item.path)]:
         raise DataError(f"no such data: {', '.join(missing)}; {path} lists them: restore them or write it again")
     remedy = f"restore the shard, or write the manifest again with python -m data_utils.manifest {listed.folder}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import asdict
 from itertools import chain, islice
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_utils.loader import judge_counts
 from data_utils.record import DataRecord
-from data_utils.schema import DataError, Layout
+from data_utils.repeats import num_repeats, pair_hash
+from data_utils.schema import DataError, Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.sources import SourceSpec
@@ -25,8 +28,8 @@ CHECKED_PER_RANK = 50_000
 
 def open_shards(
     sources: tuple[str | DataSource, ...], config: Config, world: World, scratch: Scratch, record: DataRecord
-) -> ShardSet:
-    """The shards of a source list.
+) -> tuple[ShardSet, list[str]]:
+    """The shards of a source list, and what to tell people about them.
 
     With on_bad_row=error rows are parsed now, each rank taking its share, unless a manifest says that they are sound
     or they are too many; the first bad one ends the run before the model is loaded.
@@ -40,19 +43,31 @@ def open_shards(
     if config.data.on_bad_row == "skip":
         table = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
         judge_counts(causes, f"{table} (first: {first})", len(shards), config.data.max_bad_fraction)
-        return shards
-    if causes:
+    elif causes:
         raise DataError(f"{first} ({causes.total()} bad rows in all, as its manifest says)")
-    world.together(lambda: _check_rows(shards, world))
-    return shards
+    hashes = world.together(lambda: _parse_share(shards, world, config.data.on_bad_row == "error"))
+    repeats = shards.num_repeats + num_repeats(world.gather_objects(hashes))
+    notes = world.together(lambda: shards.notes() if world.is_main else [])
+    if repeats:
+        notes.append(
+            f"warning: {repeats} of {len(shards)} pairs repeat an earlier one; see python -m data_utils.doctor"
+        )
+    return shards, notes
 
 
-def _check_rows(shards: ShardSet, world: World) -> None:
+def _parse_share(shards: ShardSet, world: World, refuse: bool) -> np.ndarray:
+    """Parse this rank's share of the rows that no manifest has looked at, unless they are too many; hashes of the
+    sound pairs, uint64."""
     unchecked = shards.unchecked()
-    if sum(map(len, unchecked)) > CHECKED_PER_RANK * world.size:
-        return
-    for problem in shards.check(islice(chain.from_iterable(unchecked), world.rank, None, world.size)):
-        raise problem
+    hashes = array("Q")
+    if sum(map(len, unchecked)) <= CHECKED_PER_RANK * world.size:
+        for index in islice(chain.from_iterable(unchecked), world.rank, None, world.size):
+            try:
+                hashes.append(pair_hash(shards.pair(index)))
+            except RowError:
+                if refuse:
+                    raise
+    return np.frombuffer(hashes, np.uint64)
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -64,7 +64,7 @@ class Run:
         self.terminal = Terminal(world.is_main)
         self.scratch = Scratch(str(log.directory.resolve()))
         self.record = DataRecord(log.directory / "data")
-        self.shards = open_shards(config.data.train, config, world, self.scratch, self.record)
+        self.shards, self._notes = open_shards(config.data.train, config, world, self.scratch, self.record)
         self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
         self.plan = make_plan(config, world.size, self.order.pairs_per_epoch)
         self.source = Pretrained.open(
@@ -77,7 +77,10 @@ class Run:
         self.layout: Layout
         self.layout, self._why_layout = choose_layout(config, self.source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
-        held_out = open_shards(config.data.eval, config, world, self.scratch, self.record) if config.data.eval else None
+        held_out = None
+        if config.data.eval:
+            held_out, notes = open_shards(config.data.eval, config, world, self.scratch, self.record)
+            self._notes += notes
         world.together(log.lock)
         log.open(world)
         log.status("running", 0)
@@ -205,7 +208,7 @@ class Run:
             ValueError: data that cannot be used; what was trained until then is saved.
         """
         self._say_hello(first)
-        for note in self.world.together(lambda: self.shards.notes() if self.world.is_main else []):
+        for note in self._notes:
             self.terminal.say(note)
         if first == 0:
             self._check_step0()

@@ -8,7 +8,6 @@ four places of one of 16 bands (Leskovec et al., "Mining of Massive Datasets", 3
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,11 +20,6 @@ SIMILAR = 0.8  # from here on two texts are near-duplicates
 _NEIGHBORS = 3  # rows of a band's bucket that each row is held against, besides the first one
 _SHINGLE_MASK = np.uint64((1 << 8 * SHINGLE_BYTES) - 1)
 _MULTIPLIERS = np.random.default_rng(20230529).integers(0, 1 << 31, SKETCH_SIZE, dtype=np.uint32) * np.uint32(2) + 1
-
-
-def text_hash(text: str) -> int:
-    """64 bits of BLAKE2b; by chance two of ten million texts share it with a probability of 3e-6."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def sketch(texts: Sequence[str]) -> np.ndarray:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_utils.doctor.duplicates import SKETCH_SIZE, sketch, text_hash
+from data_utils.doctor.duplicates import SKETCH_SIZE, sketch
 from data_utils.doctor.report import Refused
 from data_utils.doctor.texts import BITS, CUES, PairTexts, cue_outcomes, plain_texts, text_flags
+from data_utils.repeats import text_hash
 from data_utils.schema import PreferencePair, RowError, TokenizedPair
 from data_utils.shards import ShardSet
 

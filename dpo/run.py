@@ -269,6 +269,8 @@ class Run:
         self.totals.pairs_seen += step.num_pairs
         self.throughput.waited_s += step.waited_s
         self._steps_skipped += result.skipped
+        if self.config.log.ledger:
+            self._write_ledger(step, bool(result.skipped))
         self.terminal.advance(done)
         if done % self.config.log.every_steps == 0 or done == self.plan.num_steps:
             self._write_metrics(done, result)
@@ -277,6 +279,14 @@ class Run:
             self.evaluate(done)
         if _due(done, self.config.checkpoint.every_steps) and not is_last:
             self.save(done)
+
+    def _write_ledger(self, step: AgreedStep, skipped: bool) -> None:
+        """What all ranks computed in this step, in the order of its window."""
+        mine = [index for batch in step.micro_batches if not batch.is_idle for index in batch.index_B]
+        everyones = [index for share in self.world.gather_objects(mine) for index in share]
+        place = {index: place for place, index in enumerate(self.order.window(step.number)[1].tolist())}
+        pairs = [self.shards.where(index) for index in sorted(everyones, key=place.__getitem__)]
+        self.log.ledger(step.number + 1, pairs, skipped)
 
     def _write_metrics(self, done: int, result: StepResult) -> None:
         sums, num_pairs, extras = self.tally.reduce(self.throughput.extras())

@@ -264,6 +264,8 @@ class LogSection:
 
     every_steps: int = 10
     """Write metrics every so many steps."""
+    ledger: bool = False
+    """Write the pairs of every step to ledger.jsonl in the run directory, as file:line."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
     wandb: bool = False

@@ -119,15 +119,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(trained: Lab) -> N
     assert steady(trained, "early") == steady(trained, "undisturbed-fsdp2-full")
 
 
-def test_fsdp2_resumes_with_another_number_of_ranks(trained: Lab) -> None:
-    command = trained.command("shrunk", "--parallel.engine", "fsdp2")
-    trained.train(2, [*command, "--train.stop_after_steps", "3"])
-    trained.train(1, command)
-    expected = trained.training_rows("undisturbed-fsdp2-full")
-    losses = [row["loss"] for row in trained.training_rows("shrunk")]
-    assert losses == pytest.approx([row["loss"] for row in expected], abs=1e-5)
-
-
 def test_a_damaged_checkpoint_is_passed_over(lab: Lab) -> None:
     command = lab.command("damaged", "--checkpoint.every_steps", "2")
     lab.train(1, [*command, "--train.stop_after_steps", "4"])

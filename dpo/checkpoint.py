@@ -4,7 +4,12 @@ checkpoints/step-00000100/
     manifest.json        size and SHA-256 of every other file
     trainer.json         step, cursor, engine, what is trained, data fingerprint, running metrics
     rng-00000.safetensors  random state of each rank
-    training*            weights and optimizer state, as the engine writes them
+    training*            trained weights and optimizer state in fp32, as the engine writes them:
+        training.safetensors             single: whole tensors
+        training-RRRRR-PPP.safetensors   deepspeed: each rank's slices of them (`dpo.slices`), the same for every stage
+        training/                        fsdp2: torch.distributed.checkpoint's files, of which `.metadata` is a pickle
+
+A checkpoint of fsdp2 or deepspeed can be resumed with any number of ranks; the data go on with the next pair.
 """
 
 from __future__ import annotations
@@ -138,7 +143,7 @@ def restore(path: Path, engine: Engine, world: World) -> None:
         _set_random_state(load_file(rng), world)
 
 
-def check_compatible(path: Path, state: TrainerState, engine: str, world_size: int, trained: str, dtype: str) -> None:
+def check_compatible(path: Path, state: TrainerState, engine: str, trained: str, dtype: str) -> None:
     """Refuse a checkpoint that another engine wrote, in another precision, or for other trainable weights.
 
     Raises:
@@ -152,10 +157,6 @@ def check_compatible(path: Path, state: TrainerState, engine: str, world_size: i
         raise CheckpointError(f"{path}: holds {state.trained} training, not {trained}: keep lora.r as it was")
     if state.dtype != dtype:
         raise CheckpointError(f"{path}: trained in {state.dtype}, not {dtype}: set --model.dtype {state.dtype}")
-    if engine == "deepspeed" and state.world_size != world_size:
-        raise CheckpointError(
-            f"{path}: DeepSpeed wrote it with {state.world_size} processes, not {world_size}: start {state.world_size}"
-        )
 
 
 def _random_state(world: World) -> dict[str, torch.Tensor]:

@@ -77,10 +77,10 @@ _STAGE3_KEYS = frozenset(
 
 ZERO_KEYS = (
     frozenset(
-        "allgather_bucket_size allgather_partitions contiguous_gradients elastic_checkpoint enable_sanity_checks "
-        "ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings "
+        "allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks "
+        "ignore_unused_parameters leaf_module legacy_stage1 log_trace_cache_warnings "
         "memory_efficient_linear offload_optimizer offload_param overlap_comm override_module_apply "
-        "parameter_alignment pipeline_loading_checkpoint reduce_bucket_size reduce_scatter round_robin_gradients "
+        "parameter_alignment reduce_bucket_size reduce_scatter "
         "save_muon_momentum_buffer_in_memory stage sub_group_size use_multi_rank_bucket_allreduce "
         "zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights "
         "zenflow".split()
@@ -90,7 +90,13 @@ ZERO_KEYS = (
 )
 """Keys of `zero_optimization`."""
 
+_OWN_CHECKPOINTS = "the trainer writes checkpoints of its own, for any number of ranks: drop it"
+
 _REFUSED_ZERO_KEYS = {
+    "elastic_checkpoint": _OWN_CHECKPOINTS,
+    "load_from_fp32_weights": _OWN_CHECKPOINTS,
+    "pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
+    "round_robin_gradients": f"DeepSpeed {DEEPSPEED_VERSION} takes other weights for a parameter's with it: drop it",
     "compute_grad_norm": "the gradient norm is always logged, and clipping needs it: drop it",
     "cpu_offload": 'deprecated: use "offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'deprecated: use "offload_param": {"device": "cpu"}',
@@ -211,6 +217,8 @@ def _check_offload(path: str, name: str, offload: Any, known: frozenset[str]) ->
     for key in offload:
         if key not in known:
             raise _unknown(path, key, known, f"{name}.")
+    if offload.get("device") == "nvme":
+        raise ConfigError(f'{path}: {name}.device: checkpoints cannot be read from "nvme": use "cpu"')
 
 
 def _check_values(path: str, value: Any, name: str) -> None:

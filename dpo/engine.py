@@ -127,6 +127,12 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) 
     )
 
 
+def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter before its first step; made here so that it can be saved and loaded at any time."""
+    moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
+
+
 def make_scorer(
     model: Callable[[PairBatch], tuple[Tensor, Tensor | None]], visits: torch.device | None = None
 ) -> Scorer:
@@ -158,9 +164,7 @@ class TorchEngine:
         self.max_grad_norm = optim.max_grad_norm
         self.optimizer = make_optimizer(parameters, optim)
         for parameter in parameters.values():
-            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            count = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            self.optimizer.state[parameter] = {"step": count, **moments}
+            self.optimizer.state[parameter] = fresh_moments(parameter)
 
     def forward(
         self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False

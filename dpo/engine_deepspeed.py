@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,11 +18,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data_utils.schema import PairBatch
 from dpo.ds_json import complete_ds_json
-from dpo.engine import Build, CheckpointError, Scorer, StepResult, make_optimizer, make_scorer
+from dpo.engine import Build, Scorer, StepResult, fresh_moments, make_optimizer, make_scorer
 from dpo.logps import HeadStatistic
-from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
-
-_TAG = "deepspeed"
+from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
+from dpo.slices import Slice, SliceReader, write_slices
 
 
 def _join(build: Build) -> None:
@@ -52,12 +50,15 @@ class DeepSpeedEngine:
         self.max_grad_norm = build.config.optim.max_grad_norm
         with self._partitioned_load():
             policy = trained_policy(build.source, build.config, build.layout, build.dtype, keep_dtype=True)
-        trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=make_optimizer(trainable, build.config.optim), config=self.settings
+            model=policy, optimizer=make_optimizer(self.trained, build.config.optim), config=self.settings
         )
         self.policy: Policy = policy
+        self.zero: Any = self.engine.optimizer
+        for partition in self._partitions():
+            self.zero.optimizer.state[partition] = fresh_moments(partition)
 
     def forward(
         self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
@@ -93,15 +94,65 @@ class DeepSpeedEngine:
         return make_scorer(model, self.world.device if offload and self.stage != 3 else None)
 
     def save(self, directory: Path) -> None:
-        """See `Engine`. DeepSpeed writes pickles, one per rank."""
-        self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """See `Engine`: each rank writes its slices of the fp32 weights and moments (`dpo.slices`)."""
+        write_slices(directory, self.world.rank, self._slices(), self._moments(self._partitions()[0])["step"])
 
     def load(self, directory: Path) -> None:
-        """See `Engine`."""
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints names of its own functions
-            path, _ = self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise CheckpointError(f"{directory}: DeepSpeed found nothing to load")
+        """See `Engine`. The checkpoint may come from another number of ranks and another ZeRO stage."""
+        reader = SliceReader(directory)
+        reader.require({name: full_shape(parameter) for name, parameter in self.trained.items()})
+        if self.stage == 3:
+            self.zero.checkpoint_event_prologue()  # drop weights that are gathered: they are older
+        for piece in self._slices():
+            reader.read(piece)
+        for partition in self._partitions():
+            self._moments(partition)["step"].copy_(reader.step)
+        self._refresh()
+
+    def _partitions(self) -> list[Tensor]:
+        """The flat fp32 tensors that AdamW updates on this rank; each holds slices of many parameters, and padding."""
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        return [group["params"][0] for group in self.zero.param_groups]
+
+    def _moments(self, partition: Tensor) -> dict[str, Tensor]:
+        return self.zero.optimizer.state[partition]
+
+    def _slices(self) -> Iterator[Slice]:
+        """The slice of each trained parameter that this rank updates, where it has one."""
+        for name, parameter in self.trained.items():
+            place = self._place(parameter)
+            if place is None:
+                continue
+            number, offset, start, num_elements = place
+            partition = self._partitions()[number]
+            moments = self._moments(partition)
+            flat = {"weight": partition.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+            tensors = {key: tensor.narrow(0, offset, num_elements) for key, tensor in flat.items()}
+            yield Slice(name, tuple(full_shape(parameter)), start, tensors)
+
+    def _place(self, parameter: Any) -> tuple[int, int, int, int] | None:
+        """Where this rank has its slice of a parameter: number of the partition, offset in it, the slice's first
+        element in the flattened parameter, and how many elements."""
+        if self.stage == 3:  # each rank has an equal share of each parameter, padded at the end
+            number, offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = self.world.rank * share
+            num_elements = min(share, parameter.ds_numel - start)
+            return (number, offset, start, num_elements) if num_elements > 0 else None
+        mapping = parameter._hp_mapping  # parameters end to end, cut into equal partitions
+        if mapping is None:
+            return None
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return mapping.param_group_index, there.start, here.start, here.numel
+
+    def _refresh(self) -> None:
+        """Give the model the fp32 weights, as after a step."""
+        if self.stage != 3:
+            self.zero.update_lp_params()
+            return
+        for number in range(len(self._partitions())):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        self.zero.checkpoint_event_epilogue()
 
     def export_weights(self) -> dict[str, Tensor]:
         """See `Engine`. A parameter is gathered at a time; adapters come from the fp32 weights of the optimizer."""

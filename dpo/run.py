@@ -177,7 +177,7 @@ class Run:
             return 0
         path, state = found
         dtype = str(self.dtype).removeprefix("torch.")
-        checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained, dtype)
+        checkpoint.check_compatible(path, state, self.plan.engine, self._trained, dtype)
         if "data.train" not in self.config.checkpoint.allow_changes:
             if state.data != self.shards.fingerprint:
                 changes = self.record.differences(self.shards.facts()) or "other files"

@@ -70,6 +70,12 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         ({"zero_optimization": True}, "zero_optimization is missing"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3, not 2"),
         (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'offload_param.device: checkpoints cannot be read from "nvme": use "cpu"',
+        ),
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "the trainer writes checkpoints of its own"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "takes other weights for a parameter's"),
+        (
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
             'zero_optimization.reduce_bucket_size is "auto", which only the Hugging Face Trainer fills in',
         ),

@@ -164,6 +164,8 @@ class TableFile:
         table = table.append_column(_BYTES, pa.array(sizes))
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
+        del table
+        pa.default_memory_pool().release_unused()  # else it keeps several groups' worth for good
 
     def _read(self, group: int) -> tuple[pa.Table, str]:
         try:
@@ -229,7 +231,8 @@ class _ParquetReader:
         end = max(begin + chunk.total_compressed_size for begin, chunk in zip(starts, chunks, strict=True))
         content = stores.read_range(self._path, start, end - start)
         source = pa.PythonFile(_Part(content, start, self._size), "r")
-        table = pq.ParquetFile(source, metadata=self._metadata).read_row_group(group, columns=list(columns))
+        file = pq.ParquetFile(source, metadata=self._metadata)
+        table = file.read_row_group(group, columns=list(columns), use_threads=False)
         return table, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

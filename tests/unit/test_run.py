@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import train_dpo
+from data_utils.reader import StepReader, TokenizedStep
 from tests.numerics import tiny_models
 from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -137,6 +141,26 @@ def test_bad_rows_are_skipped_and_counted_and_columns_reach_the_loss(
     assert (row["pairs_seen"], row["skipped_rows"]) == (19, 1)
     assert row["loss"] == pytest.approx(math.log(2) * 18 / 19, abs=1e-6)
     assert "warning: the rows' margin are not read by loss.type=sigmoid" in capsys.readouterr().out
+
+
+def test_data_workers_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_pairs(folder / "many.jsonl", 80)
+    flags = ["--data.train", f"{folder}/many.jsonl", "--batch.pairs_per_step", "2"]
+    alone = train(folder, "no-workers", *flags)
+    made_here: list[int] = []
+
+    def read_slowly(reader: StepReader, number: int, pause: Callable[[float], object] = time.sleep) -> TokenizedStep:
+        made_here.append(number)
+        time.sleep(0.2)  # so that the workers, for which nothing is patched, are ready before the steps are over
+        return read(reader, number, pause)
+
+    read = StepReader.read
+    monkeypatch.setattr(StepReader, "read", read_slowly)
+    together = train(folder, "two-workers", *flags, "--data.num_workers", "2")
+    assert len(set(made_here)) < 40 - 5
+    for keys in (["loss", "grad_norm", "logps/chosen"], ["eval_loss"]):
+        assert [[row.get(key) for key in keys] for row in alone] == [[row.get(key) for key in keys] for row in together]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("steps", "worker"))]
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(

@@ -73,11 +73,11 @@ class StepReader:
         self, number: int, pause: Callable[[float], object]
     ) -> tuple[list[int], list[PreferencePair | RowError]]:
         """Row numbers and rows; a network mount may come back, so a file that cannot be read is tried again."""
-        for seconds in RETRY_PAUSES_S:
+        for attempt, seconds in enumerate(RETRY_PAUSES_S):
             try:
                 return self._parse(number)
             except OSError as error:
-                if seconds == RETRY_PAUSES_S[0]:
+                if attempt == 0:
                     patience = f"trying again for {sum(RETRY_PAUSES_S):g} s"
                     logger.warning("step %d: cannot read a shard (%s); %s", number, error, patience)
             pause(seconds)

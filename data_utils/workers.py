@@ -162,8 +162,8 @@ class Workers:
             self._start(process)
 
     def _killed(self, number: int, deaths: list[str]) -> DataError:
-        indices = self._reader.indices(number)
-        rows = f"{len(indices)} rows, the first {self._reader.shards.where(indices[0])}" if indices else "no rows"
+        _, window = self._reader.order.window(number)  # the row's rank is not asked for: that may read the shard
+        rows = f"{len(window)} rows over all ranks, the first {self._reader.shards.where(int(window[0]))}"
         died = f"step {number} ({rows}) killed {len(deaths)} data workers ({', '.join(deaths)})"
         return DataError(f"{died}: look for a row that kills its reader, or for too little memory")
 

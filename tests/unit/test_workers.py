@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ import pytest
 from data_utils.loader import PREFETCHED_STEPS, StepLoader
 from data_utils.order import Order
 from data_utils.schema import DataError, RowError, Step
+from data_utils.shards import ShardSet
 from tests.unit import worker_doubles as doubles
 from tests.unit.test_loader import equal, make_loader, no_thread_is_left, wait_until
 from tests.unit.worker_doubles import Watched
@@ -84,6 +86,15 @@ def test_steps_come_in_order_and_are_those_of_no_workers(tmp_path: Path, happeni
     assert_undisturbed(loader, steps)
 
 
+def test_workers_read_compressed_shards_too(tmp_path: Path) -> None:
+    rows = [f'{{"prompt": "the cat", "chosen": " sat {n}", "rejected": " ran {n}"}}\n' for n in range(30)]
+    (tmp_path / "b.jsonl").write_text("".join(rows))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
+    shards = ShardSet.open([str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl.gz")])
+    loader, watched = watched_loader(tmp_path, shards=shards, num_workers=1)
+    assert_undisturbed(loader, take_all(loader, watched))
+
+
 def test_a_worker_killed_from_outside_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loader, watched = watched_loader(tmp_path, doubles.be_slow)
     before = children()
@@ -123,7 +134,7 @@ def test_a_row_that_kills_its_reader_ends_the_run_with_its_step(tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         made.extend(steps)
     assert [step.number for step in made] == list(range(8)) and watched.attempts_in_workers(40) == 3
-    start = f"step 8 (5 rows, the first {tmp_path}/a.jsonl:41) killed 3 data workers (SIGKILL, SIGKILL, SIGKILL): "
+    start = f"step 8 (5 rows over all ranks, the first {tmp_path}/a.jsonl:41) killed 3 data workers (SIGKILL, SIGKILL, SIGKILL): "
     assert str(caught.value).startswith(start) and "a row that kills its reader" in str(caught.value)
 
 

@@ -29,7 +29,7 @@ class StepLoader:
     """Makes the steps of one rank; a pure function of its fields and the step, so any step can be made again.
 
     Attributes:
-        order: the windows; its `num_rows` is `len(shards)`.
+        order: the windows, made of `shards.parts`.
         tokens_per_micro_batch: the budget of `pack`.
         on_bad_row: "error" raises the RowError; "skip" leaves the row out and hands the error on with the step.
         pin_memory: put the tensors into page-locked memory, for asynchronous copies to a GPU.
@@ -108,15 +108,19 @@ def judge_skipped(skipped: Iterable[RowError], num_rows: int, max_bad_fraction: 
         DataError: more than `max_bad_fraction` of the rows; counts by cause, with the first place of each.
     """
     errors = sorted(skipped, key=lambda error: error.where)
-    if len(errors) <= max_bad_fraction * num_rows:
-        return
     first = {error.cause: error.where for error in reversed(errors)}
-    causes = Counter(error.cause for error in errors).most_common()
-    table = ", ".join(f"{cause} {count} (first {first[cause]})" for cause, count in causes)
-    raise DataError(
-        f"{len(errors)} of {num_rows} rows are bad, more than data.max_bad_fraction={max_bad_fraction:g} allows: "
-        f"{table}; clean the data or raise the limit"
-    )
+    causes = Counter(error.cause for error in errors)
+    table = ", ".join(f"{cause} {count} (first {first[cause]})" for cause, count in causes.most_common())
+    judge_counts(causes, table, num_rows, max_bad_fraction)
+
+
+def judge_counts(causes: Counter[str], table: str, num_rows: int, max_bad_fraction: float) -> None:
+    """`judge_skipped` of rows that were counted before; `table` says what is wrong with them."""
+    if causes.total() > max_bad_fraction * num_rows:
+        raise DataError(
+            f"{causes.total()} of {num_rows} rows are bad, more than data.max_bad_fraction={max_bad_fraction:g} "
+            f"allows: {table}; clean the data or raise the limit"
+        )
 
 
 def _put(ahead: Queue[Step | Exception | None], closed: threading.Event, item: Step | Exception | None) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from data_utils.order import Order, assign
+from data_utils.assign import assign
+from data_utils.order import Order
 from data_utils.schema import PreferencePair, RowError, TokenizedPair
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer

@@ -2,89 +2,186 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 
-from data_utils.formats import parse_row
+from data_utils.formats import near_misses, num_pairs, parse_row
+from data_utils.line_files import LineFile, LineIndex, make_indexes
+from data_utils.manifest import fingerprint
+from data_utils.mixture import Part
 from data_utils.schema import DataError, PreferencePair, RowError
-from data_utils.shard_files import ShardFile, open_shard, sha256_of
+from data_utils.scratch import Scratch
+from data_utils.sources import Found, SourceSpec, find_files
+from data_utils.table_files import KnownHashes, TableFile
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+_OPENING_THREADS = 16
 
 
-@dataclass(frozen=True)
-class SourceSpec:
-    """A source of data: a file, a folder or a glob, and the name that its pairs carry."""
+class ShardFile(Protocol):
+    """What `ShardSet` needs of a file: LineFile, TableFile."""
 
     path: str
-    name: str = ""
 
+    @property
+    def identity(self) -> str:
+        """What the fingerprint holds of it."""
+        ...
 
-@dataclass(frozen=True)
-class _Listed:
-    path: str
-    relative: str
-    source: str
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file."""
+        ...
+
+    def row_bytes(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) int64 size of each of the rows, a stand-in for its tokens."""
+        ...
+
+    def where(self, row: int) -> str:
+        """ "file:line" of a row (tables: file:row), counted from 1."""
+        ...
+
+    def keys(self) -> list[str]:
+        """What its columns are called, as far as its start tells. Raises RowError, DataError."""
+        ...
+
+    def row(self, row: int) -> object:
+        """The row as it is written. Raises RowError, DataError."""
+        ...
 
 
 class ShardSet:
-    """Rows of all the files, numbered through: sources as given, within a folder or glob by path, then by line.
+    """Pairs of all the files, numbered through: by source, then by path (streamed files last), then by line.
 
-    Only an index is held in memory; a row is read when it is asked for. Safe to use from several threads.
+    Only what is needed to find a row is held in memory; a row is read when it is asked for. Safe to use from several
+    threads, and may be pickled for a process of this machine.
     """
 
-    def __init__(self, files: Sequence[ShardFile], sources: Sequence[str], fingerprint: str) -> None:
-        self._files = files
-        self._sources = sources
-        self._ends = np.cumsum([len(file.row_bytes) for file in files])
-        self._row_bytes = np.concatenate([file.row_bytes for file in files])
-        self.fingerprint = fingerprint
+    def __init__(self, sources: Sequence[SourceSpec], found: Sequence[Found], files: Sequence[ShardFile]) -> None:
+        self._files, self._found, self._sources = files, found, sources
+        # Of a file whose rows give several pairs each: the first pair of each row, and their number at the end.
+        self._row_starts = [_row_starts(file, sources[item.source]) for file, item in zip(files, found, strict=True)]
+        both = zip(files, self._row_starts, strict=True)
+        self._sizes = [file.num_rows if starts is None else int(starts[-1]) for file, starts in both]
+        self._ends = np.cumsum(self._sizes)
+        self.fingerprint = fingerprint(self.facts())
 
     @classmethod
-    def open(cls, sources: Sequence[str | SourceSpec]) -> ShardSet:
-        """Find, index and hash the files.
+    def open(
+        cls,
+        sources: Sequence[str | SourceSpec],
+        scratch: Scratch | None = None,
+        known: KnownHashes | None = None,
+    ) -> ShardSet:
+        """Find the files, and index those that no manifest describes. Rows are not parsed here.
+
+        Args:
+            scratch: shared with the other processes of this machine; None: one of our own.
+            known: keeps hashes of what no manifest describes.
 
         Raises:
             DataError: nothing found, files missing (all of them are named), listed twice, empty, of an unknown kind,
-                or broken as a whole. Rows are not parsed here.
+                or broken as a whole; a manifest that does not fit.
         """
         specs = [SourceSpec(source) if isinstance(source, str) else source for source in sources]
-        listed = _list_files(specs)
-        files = [open_shard(item.path) for item in listed]
-        if empty := [file.path for file in files if not len(file.row_bytes)]:
+        found = find_files(specs)
+        shared = scratch or Scratch(f"{os.getpid()} {time.time_ns()}")
+        make_indexes([item.path for item in found if item.is_lines and item.shard is None], shared)
+        with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+            files = list(pool.map(lambda item: _open(item, shared, known), found))
+        if empty := [file.path for file in files if not file.num_rows]:
             raise DataError(f"{', '.join(empty)}: no rows; drop the empty shard or fill it")
-        return cls(files, [item.source for item in listed], _fingerprint(listed))
+        return cls(specs, found, files)
 
     def __len__(self) -> int:
-        return len(self._row_bytes)
+        return int(self._ends[-1])
 
     @property
     def files(self) -> list[str]:
         """Paths of the files, in order."""
         return [file.path for file in self._files]
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the order of the data is made of: of each source the files with rows that can be read on their own, and
+        those that are streamed."""
+        facts = list(zip((self._ends - self._sizes).tolist(), self._sizes, self._found, strict=True))
+        parts = []
+        for (number, is_streamed), group in groupby(facts, lambda fact: (fact[2].source, fact[2].is_streamed)):
+            files = list(group)
+            source = self._sources[number]
+            sizes = tuple(size for _, size, _ in files)
+            parts.append(Part(files[0][0], sizes, number, source.weight, source.cap, is_streamed))
+        return tuple(parts)
+
+    def facts(self) -> list[tuple[str, int, str]]:
+        """(name, pairs, identity) of each file: what the fingerprint is made of."""
+        identities = (file.identity for file in self._files)
+        return list(zip((item.name for item in self._found), self._sizes, identities, strict=True))
+
     def row_bytes(self, indices: np.ndarray) -> np.ndarray:
-        """(n,) int64 size of each of the rows, a stand-in for its tokens."""
-        return self._row_bytes[indices]
+        """(n,) int64 size of each of the pairs, a stand-in for its tokens."""
+        indices = np.asarray(indices)
+        files = np.searchsorted(self._ends, indices, side="right")
+        sizes = np.empty(len(indices), np.int64)
+        for file in np.unique(files).tolist():
+            mine = files == file
+            pairs = indices[mine] - (self._ends[file] - self._sizes[file])
+            starts = self._row_starts[file]
+            rows = pairs if starts is None else np.searchsorted(starts, pairs, side="right") - 1
+            sizes[mine] = self._files[file].row_bytes(rows)
+        return sizes
 
     def where(self, index: int) -> str:
-        """ "file:line" of a row, counted from 1 (Parquet: file:row)."""
-        file, row = self._locate(index)
-        return self._files[file].where(row)
+        """ "file:line" of a pair's row, counted from 1 (tables: file:row; with #number where a row gives several)."""
+        file, row, pick = self._locate(index)
+        where = self._files[file].where(row)
+        return where if self._row_starts[file] is None else f"{where}#{pick + 1}"
 
     def pair(self, index: int) -> PreferencePair:
-        """Read and parse one row. Raises RowError."""
-        file, row = self._locate(index)
-        return parse_row(self._files[file].row(row), self._files[file].where(row), self._sources[file])
+        """Read and parse one pair. Raises RowError, DataError, and OSError where the file went away."""
+        file, row, pick = self._locate(index)
+        source = self._sources[self._found[file].source]
+        pair = parse_row(self._files[file].row(row), self.where(index), source.name, source.ranked, pick)
+        if source.beta is None or pair.columns.beta is not None:
+            return pair
+        return replace(pair, columns=replace(pair.columns, beta=source.beta))
+
+    def notes(self) -> list[str]:
+        """What to tell people about each source, going by its first row: the family that it is converted from, and
+        columns that are ignored though they look like ours."""
+        notes = []
+        for part in self.parts:
+            file = self._files[self._locate(part.first)[0]]
+            try:
+                family, ignored = self.pair(part.first).family, near_misses(file.keys())
+            except RowError:  # met again, and named, when it is its turn
+                continue
+            notes += [f"{file.path}: read as {family}"] if family else []
+            notes += [f"warning: {file.path}: {note}" for note in ignored]
+        return notes
+
+    def unchecked(self) -> list[range]:
+        """Indices of the pairs whose rows no manifest has looked at."""
+        starts = self._ends - self._sizes
+        spans = zip(starts.tolist(), self._ends.tolist(), self._found, strict=True)
+        return [range(first, end) for first, end, item in spans if item.shard is None or not item.shard.checked]
+
+    def bad_rows(self) -> tuple[Counter[str], str]:
+        """What manifests know of rows that cannot be used: counts by cause, and what is wrong with the first."""
+        bad = [item.shard for item in self._found if item.shard is not None and item.shard.bad]
+        counts = sum((Counter(shard.bad) for shard in bad), Counter[str]())
+        return counts, bad[0].first_bad if bad else ""
 
     def check(self, indices: Iterable[int]) -> list[RowError]:
-        """Parse the given rows and return what is wrong with them, in their order."""
+        """Parse the given pairs and return what is wrong with them, in their order."""
         errors = []
         for index in indices:
             try:
@@ -93,53 +190,36 @@ class ShardSet:
                 errors.append(error)
         return errors
 
-    def _locate(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """File, row in it, and which of the row's pairs."""
         file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, int(index) - int(self._ends[file]) + len(self._files[file].row_bytes)
+        pair = int(index) - int(self._ends[file]) + self._sizes[file]
+        starts = self._row_starts[file]
+        if starts is None:
+            return file, pair, 0
+        row = int(np.searchsorted(starts, pair, side="right")) - 1
+        return file, row, pair - int(starts[row])
 
 
-def _list_files(specs: Sequence[SourceSpec]) -> list[_Listed]:
-    listed = [item for spec in specs for item in _expand(spec)]
-    if not listed:
-        raise DataError("no data sources given; name files, folders or globs")
-    if missing := [item.path for item in listed if not os.path.exists(item.path)]:
-        raise DataError(f"no such data: {', '.join(missing)}; check the paths and globs (from {os.getcwd()})")
-    if unknown := [item.path for item in listed if not item.path.endswith(ENDINGS) or not os.path.isfile(item.path)]:
-        raise DataError(f"no shards in {', '.join(unknown)}; a shard is a file that ends in {', '.join(ENDINGS)}")
-    seen: dict[str, str] = {}
-    for item in listed:
-        real = os.path.realpath(item.path)
-        if real in seen:
-            raise DataError(f"{item.path}: listed twice (first as {seen[real]}); list each shard once")
-        seen[real] = item.path
-    return listed
+def _open(item: Found, scratch: Scratch, known: KnownHashes | None) -> ShardFile:
+    shard, index = item.shard, item.index
+    if shard is None or index is None:
+        return LineFile(item.path, scratch) if item.is_lines else TableFile(item.path, scratch, known=known)
+    if item.is_lines:
+        return LineFile(item.path, scratch, LineIndex(index, shard.sha256))
+    return TableFile(item.path, scratch, shard.groups, shard.identity, index["bytes"])
 
 
-def _expand(spec: SourceSpec) -> list[_Listed]:
-    """The files of a source, sorted by path; what matches nothing is kept as it is, to be reported with the others."""
-    path = Path(spec.path)
-    if path.is_dir():
-        paths, root = [str(file) for file in path.rglob("*") if file.name.endswith(ENDINGS)], spec.path
-    elif glob.has_magic(spec.path) and not path.exists():
-        paths, root = glob.glob(spec.path, recursive=True), _fixed_part(path)
-        paths = [file for file in paths if os.path.isfile(file)]
-    else:
-        paths, root = [], ""
-    if not paths:
-        return [_Listed(spec.path, path.name, spec.name)]
-    return [_Listed(file, os.path.relpath(file, root), spec.name) for file in sorted(paths)]
+def _row_starts(file: ShardFile, source: SourceSpec) -> np.ndarray | None:
+    """(rows + 1,) first pair of each row, where a row may give several."""
+    if source.ranked != "all":
+        return None
+    return np.cumsum([0, *_pairs_of_rows(file)])
 
 
-def _fixed_part(pattern: Path) -> str:
-    """The folder above the first wildcard, to which names in the fingerprint are relative."""
-    parts = pattern.parts
-    first_wild = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    return str(Path(*parts[:first_wild]))
-
-
-def _fingerprint(listed: Sequence[_Listed]) -> str:
-    """Hash of names, sizes and contents in order; the same wherever the data lies."""
-    digest = hashlib.sha256()
-    for item in listed:
-        digest.update(f"{item.relative}\0{os.path.getsize(item.path)}\0{sha256_of(item.path)}\n".encode())
-    return digest.hexdigest()
+def _pairs_of_rows(file: ShardFile) -> Iterator[int]:
+    for row in range(file.num_rows):
+        try:
+            yield num_pairs(file.row(row), "all")
+        except RowError:
+            yield 1  # to be found bad when it is read

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from itertools import chain, islice
+
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data_utils.schema import Layout
-from data_utils.shards import ShardSet, SourceSpec
+from data_utils.loader import judge_counts
+from data_utils.record import DataRecord
+from data_utils.schema import DataError, Layout
+from data_utils.scratch import Scratch
+from data_utils.shards import ShardSet
+from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
 from dpo.policy import Pretrained, add_lora, can_pack
 from dpo.world import World
 
+CHECKED_PER_RANK = 50_000
+"""Rows that a rank parses before the model is loaded (a second or two)."""
 
-def open_shards(sources: tuple[str | DataSource, ...], config: Config, world: World) -> ShardSet:
-    """The shards of a source list; with on_bad_row=error every row is parsed now, each rank taking its share.
+
+def open_shards(
+    sources: tuple[str | DataSource, ...], config: Config, world: World, scratch: Scratch, record: DataRecord
+) -> ShardSet:
+    """The shards of a source list.
+
+    With on_bad_row=error rows are parsed now, each rank taking its share, unless a manifest says that they are sound
+    or they are too many; the first bad one ends the run before the model is loaded.
 
     Raises:
         DataError: a file is missing or a row cannot be used, on every rank alike.
     """
-    specs = [entry if isinstance(entry, str) else SourceSpec(entry.path, entry.name) for entry in sources]
-    shards = world.together(lambda: ShardSet.open(specs))
-
-    def check() -> None:
-        for problem in shards.check(range(world.rank, len(shards), world.size)):
-            raise problem
-
-    if config.data.on_bad_row == "error":
-        world.together(check)
+    specs = [SourceSpec(entry) if isinstance(entry, str) else SourceSpec(**asdict(entry)) for entry in sources]
+    shards = world.together(lambda: ShardSet.open(specs, scratch, record))
+    causes, first = shards.bad_rows()
+    if config.data.on_bad_row == "skip":
+        table = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
+        judge_counts(causes, f"{table} (first: {first})", len(shards), config.data.max_bad_fraction)
+        return shards
+    if causes:
+        raise DataError(f"{first} ({causes.total()} bad rows in all, as its manifest says)")
+    world.together(lambda: _check_rows(shards, world))
     return shards
+
+
+def _check_rows(shards: ShardSet, world: World) -> None:
+    unchecked = shards.unchecked()
+    if sum(map(len, unchecked)) > CHECKED_PER_RANK * world.size:
+        return
+    for problem in shards.check(islice(chain.from_iterable(unchecked), world.rank, None, world.size)):
+        raise problem
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:

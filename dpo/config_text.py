@@ -114,15 +114,13 @@ def _is_none(raw: Any) -> bool:
 
 
 def _coerce_source(key: str, raw: dict[str, Any], where: str) -> DataSource:
-    known = [f.name for f in fields(DataSource)]
+    hints = get_type_hints(DataSource)
     for name in raw:
-        if name in ("weight", "cap", "beta"):
-            raise ConfigError(f"{key}{where}: {name!r} of a source is not supported yet: drop it")
-        if name not in known:
-            raise ConfigError(f"{key}{where}: {unknown_name('key', name, known)}")
+        if name not in hints:
+            raise ConfigError(f"{key}{where}: {unknown_name('key', name, list(hints))}")
     if "path" not in raw:
         raise ConfigError(f"{key}{where}: a source needs a path, found {', '.join(raw) or 'nothing'}")
-    return DataSource(**{name: coerce(f"{key}.{name}", value, str, where) for name, value in raw.items()})
+    return DataSource(**{name: coerce(f"{key}.{name}", value, hints[name], where) for name, value in raw.items()})
 
 
 def _coerce_scalar(text: str, hint: Any) -> Any:

@@ -20,7 +20,7 @@ class Plan:
 
     Attributes:
         world_size: processes.
-        num_rows: rows of the training shards.
+        pairs_per_epoch: pairs of one pass over the training data.
         steps_per_epoch: steps of one pass; the last one may be short.
         num_steps: steps of the whole run, over which the learning rate decays.
         warmup_steps: steps over which the learning rate rises from 0.
@@ -29,7 +29,7 @@ class Plan:
     """
 
     world_size: int
-    num_rows: int
+    pairs_per_epoch: int
     steps_per_epoch: int
     num_steps: int
     warmup_steps: int
@@ -37,26 +37,26 @@ class Plan:
     shard_size: int
 
 
-def make_plan(config: Config, world_size: int, num_rows: int) -> Plan:
-    """The plan of a run of `world_size` processes over `num_rows` rows.
+def make_plan(config: Config, world_size: int, pairs_per_epoch: int) -> Plan:
+    """The plan of a run of `world_size` processes over so many pairs per epoch.
 
     Raises:
         ConfigError: the engine, `parallel.shard_size` or `batch.pairs_per_step` does not fit; names the numbers.
     """
     pairs_per_step = config.batch.pairs_per_step
-    if num_rows < pairs_per_step:
+    if pairs_per_epoch < pairs_per_step:
         raise ConfigError(
-            f"fewer pairs than one global step: data.train has {num_rows}, batch.pairs_per_step is {pairs_per_step}: "
-            f"set --batch.pairs_per_step to at most {num_rows}, or add data"
+            f"fewer pairs than one global step: data.train has {pairs_per_epoch}, batch.pairs_per_step is "
+            f"{pairs_per_step}: set --batch.pairs_per_step to at most {pairs_per_epoch}, or add data"
         )
     engine = _choose_engine(config, world_size)
-    steps_per_epoch = math.ceil(num_rows / pairs_per_step)
+    steps_per_epoch = math.ceil(pairs_per_epoch / pairs_per_step)
     num_steps = config.train.epochs * steps_per_epoch
     if config.train.max_steps is not None:
         num_steps = min(num_steps, config.train.max_steps)
     return Plan(
         world_size=world_size,
-        num_rows=num_rows,
+        pairs_per_epoch=pairs_per_epoch,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         warmup_steps=math.ceil(num_steps * config.optim.warmup_ratio),

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from data_utils.loader import StepLoader, judge_skipped
 from data_utils.order import Order
+from data_utils.record import DataRecord
 from data_utils.schema import Layout, PairBatch, RowError
+from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
@@ -60,9 +62,11 @@ class Run:
         self.config, self.world, self.log, self.stop = config, world, log, stop
         transformers.utils.logging.disable_progress_bar()
         self.terminal = Terminal(world.is_main)
-        self.shards = open_shards(config.data.train, config, world)
-        self.plan = make_plan(config, world.size, len(self.shards))
-        self.order = Order(len(self.shards), config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
+        self.scratch = Scratch(str(log.directory.resolve()))
+        self.record = DataRecord(log.directory / "data")
+        self.shards = open_shards(config.data.train, config, world, self.scratch, self.record)
+        self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
+        self.plan = make_plan(config, world.size, self.order.pairs_per_epoch)
         self.source = Pretrained.open(
             config.model.path, config.model.attn_implementation, config.model.trust_remote_code
         )
@@ -73,10 +77,11 @@ class Run:
         self.layout: Layout
         self.layout, self._why_layout = choose_layout(config, self.source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
-        held_out = open_shards(config.data.eval, config, world) if config.data.eval else None
+        held_out = open_shards(config.data.eval, config, world, self.scratch, self.record) if config.data.eval else None
         world.together(log.lock)
         log.open(world)
         log.status("running", 0)
+        self.record.open()
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
         self.engine: Engine = build_engine(build)
@@ -141,7 +146,7 @@ class Run:
 
     def _evaluator(self, shards: ShardSet) -> Evaluator:
         """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
-        loader = self._loader(shards, Order(len(shards), len(shards), self.config.train.seed, shuffle=False))
+        loader = self._loader(shards, Order(shards.parts, len(shards), self.config.train.seed, shuffle=False))
         (step,) = self._agreed(loader, 0, 1)
         judge_skipped(self._everyones(step.skipped), len(shards), self.config.data.max_bad_fraction)
         return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
@@ -166,15 +171,18 @@ class Run:
         found = None if resume == "never" else checkpoint.find(self._checkpoints, resume, self.world)
         if found is None:
             self.log.rewind(-1)
+            self._keep_facts()
             return 0
         path, state = found
         dtype = str(self.dtype).removeprefix("torch.")
         checkpoint.check_compatible(path, state, self.plan.engine, self.world.size, self._trained, dtype)
         if "data.train" not in self.config.checkpoint.allow_changes:
             if state.data != self.shards.fingerprint:
+                changes = self.record.differences(self.shards.facts()) or "other files"
                 remedy = "restore them, or set --checkpoint.allow_changes data.train"
-                raise ConfigError(f"data.train: not the shards of {path}: {remedy}")
+                raise ConfigError(f"data.train: not the shards of {path} ({changes}): {remedy}")
             assert state.cursor == self.order.cursor(state.step)
+        self._keep_facts()
         checkpoint.restore(path, self.engine, self.world)
         self.log.rewind(state.step or -1)  # from step 0 the evaluation before training is made again
         if self.world.is_main:
@@ -187,6 +195,10 @@ class Run:
         self.terminal.say(f"resume     {path.name}")
         return state.step
 
+    def _keep_facts(self) -> None:
+        if self.world.is_main:
+            self.record.keep_facts(self.shards.facts())
+
     def steps(self, first: int) -> Iterator[AgreedStep]:
         """The steps from `first` to the end of the plan; before the very first one, policy and reference must agree.
 
@@ -194,6 +206,8 @@ class Run:
             ValueError: data that cannot be used; what was trained until then is saved.
         """
         self._say_hello(first)
+        for note in self.world.together(lambda: self.shards.notes() if self.world.is_main else []):
+            self.terminal.say(note)
         if first == 0:
             self._check_step0()
             self.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}
@@ -216,7 +230,7 @@ class Run:
         self._skipped += step.skipped
         self._num_skipped += step.num_skipped
         self.totals.rows_skipped += step.num_skipped
-        num_rows = self.plan.num_rows * (step.epoch - first // self.plan.steps_per_epoch + 1)
+        num_rows = self.plan.pairs_per_epoch * (step.epoch - first // self.plan.steps_per_epoch + 1)
         if self._num_skipped > self.config.data.max_bad_fraction * num_rows:
             judge_skipped(self._everyones(self._skipped), num_rows, self.config.data.max_bad_fraction)
         unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
@@ -246,7 +260,7 @@ class Run:
                 + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
                 "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
                 "layout": f"{self.layout} ({self._why_layout})",
-                "pairs": f"{plan.num_rows} for training",
+                "pairs": f"{plan.pairs_per_epoch} for training",
                 "steps": f"{plan.num_steps} of {batch.pairs_per_step} pairs" + (f", from {first}" if first else ""),
                 "run": str(self.log.directory),
             }
@@ -270,6 +284,8 @@ class Run:
         self.totals.pairs_seen += step.num_pairs
         self.throughput.waited_s += step.waited_s
         self._steps_skipped += result.skipped
+        if self.config.log.ledger:
+            self._write_ledger(step, bool(result.skipped))
         self.terminal.advance(done)
         if done % self.config.log.every_steps == 0 or done == self.plan.num_steps:
             self._write_metrics(done, result)
@@ -278,6 +294,14 @@ class Run:
             self.evaluate(done)
         if _due(done, self.config.checkpoint.every_steps) and not is_last:
             self.save(done)
+
+    def _write_ledger(self, step: AgreedStep, skipped: bool) -> None:
+        """What all ranks computed in this step, in the order of its window."""
+        mine = [index for batch in step.micro_batches if not batch.is_idle for index in batch.index_B]
+        everyones = [index for share in self.world.gather_objects(mine) for index in share]
+        place = {index: place for place, index in enumerate(self.order.window(step.number)[1].tolist())}
+        pairs = [self.shards.where(index) for index in sorted(everyones, key=place.__getitem__)]
+        self.log.ledger(step.number + 1, pairs, skipped)
 
     def _write_metrics(self, done: int, result: StepResult) -> None:
         sums, num_pairs, extras = self.tally.reduce(self.throughput.extras())

@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -125,16 +125,21 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.log(row)
 
+    def ledger(self, step: int, pairs: Sequence[str], skipped: bool) -> None:
+        """Append the pairs of a step to ledger.jsonl; `skipped`: their gradient was not finite and changed nothing."""
+        if self.is_main:
+            entry = {"step": step, "pairs": list(pairs)} | ({"skipped": True} if skipped else {})
+            with (self.directory / "ledger.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
     def rewind(self, step: int) -> None:
-        """Drop rows of metrics.jsonl after `step`: a resumed run writes them again."""
-        path = self.directory / "metrics.jsonl"
-        if self.is_main and path.is_file():
-            rows = [
-                line
-                for line in path.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-            _write_atomically(path, "".join(row + "\n" for row in rows))
+        """Drop rows of metrics.jsonl and ledger.jsonl after `step`: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "ledger.jsonl") if self.is_main else ():
+            path = self.directory / name
+            if path.is_file():
+                lines = path.read_text().splitlines()
+                rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+                _write_atomically(path, "".join(row + "\n" for row in rows))
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""

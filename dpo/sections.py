@@ -23,9 +23,24 @@ class DataSource:
     """One entry of `data.train` or `data.eval` written as a YAML mapping."""
 
     path: str
-    """A file, a glob or a folder."""
+    """A file, a folder, a glob, a manifest.json or hf://owner/name."""
     name: str = ""
-    """The source's name in metrics and in the ledger; empty: the file's own name."""
+    """The source's name in metrics; empty: the rows' own column `source`."""
+    weight: float = 1.0
+    """How often each of its pairs comes per epoch, on average; 0.5: half of them, the other half in the next epoch."""
+    cap: int | None = None
+    """At most so many of its pairs, the same ones in every epoch."""
+    beta: float | None = None
+    """For rows without a column `beta`."""
+    ranked: Literal["best_worst", "best_random", "all"] = "best_worst"
+    """Which pairs a row with a ranked list of responses gives."""
+
+    def __post_init__(self) -> None:
+        positive("weight of a source", self.weight)
+        if self.cap is not None:
+            at_least("cap of a source", self.cap, 1)
+        if self.beta is not None:
+            positive("beta of a source", self.beta)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,8 @@ class DataSection:
     """Preference shards."""
 
     train: tuple[str | DataSource, ...]
-    """Training shards: .jsonl, .jsonl.gz or .parquet files, globs or folders (in YAML also path/name mappings)."""
+    """Training shards: files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), folders, globs, manifests, hf://owner/name;
+    in YAML also mappings of path, name, weight, cap, beta and ranked."""
     eval: tuple[str | DataSource, ...] = ()
     """Held-out shards, scored before, during and after training."""
     max_length: int = 1024
@@ -68,6 +84,8 @@ class DataSection:
         require(len(self.train) > 0, "data.train is empty: name at least one file, glob or folder with --data.train")
         paths = [entry if isinstance(entry, str) else entry.path for entry in self.train + self.eval]
         require("" not in paths, "data.train and data.eval must not hold an empty path: drop it")
+        weighted = [entry.path for entry in self.eval if isinstance(entry, DataSource) and entry.weight != 1]
+        require(not weighted, f"data.eval: {', '.join(weighted)} has a weight, but each pair is scored once: drop it")
         at_least("data.max_length", self.max_length, 2)
         at_least("data.num_workers", self.num_workers, 0)
         in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
@@ -267,6 +285,8 @@ class LogSection:
 
     every_steps: int = 10
     """Write metrics every so many steps."""
+    ledger: bool = False
+    """Write the pairs of every step to ledger.jsonl in the run directory, as file:line."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
     wandb: bool = False

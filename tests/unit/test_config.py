@@ -158,7 +158,7 @@ def test_flags_that_cannot_be_read_are_refused_in_one_line(flags: list[str], exp
         ("loss:\n  beta: [1", "r.yaml:2: malformed YAML"),
         ("loss:\n\tbeta: 1", "r.yaml:2: malformed YAML"),
         ("? [a]\n: b", "r.yaml:1: malformed YAML: found unhashable key"),
-        ("data: {train: [{path: a, weight: 2}]}", "data.train in r.yaml: 'weight' of a source is not supported yet"),
+        ("data: {train: [{path: a, weight: 0}]}", "weight of a source must be above 0"),
         ("data: {train: [{path: a, nam: b}]}", "data.train in r.yaml: unknown key 'nam': did you mean 'name'?"),
         ("data: {train: [{name: b}]}", "data.train in r.yaml: a source needs a path, found name"),
         ("data: {train: ''}", "data.train is empty"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data_utils.loader import PREFETCHED_STEPS, StepLoader, judge_skipped
+from data_utils.mixture import plain
 from data_utils.order import Order
 from data_utils.schema import DataError, PairBatch, PreferencePair, RowError, Step, TokenizedPair
 from data_utils.shards import ShardSet
@@ -39,7 +40,7 @@ def make_loader(
     loader = StepLoader(
         shards=shards,
         tokenizer=PairTokenizer(tiny_tokenizer(), max_length=64),
-        order=Order(len(shards), pairs_per_step=10, seed=3),
+        order=Order(shards.parts, pairs_per_step=10, seed=3),
         rank=0,
         world_size=1,
         layout="packed",
@@ -85,7 +86,7 @@ def test_steps_can_be_made_again(tmp_path: Path) -> None:
 
 
 def test_without_shuffling_the_rows_come_in_order(tmp_path: Path) -> None:
-    loader = make_loader(tmp_path, order=Order(NUM_ROWS, 10, shuffle=False))
+    loader = make_loader(tmp_path, order=Order(plain(NUM_ROWS), 10, shuffle=False))
     assert [sorted(rows_of([step])) for step in loader.steps(0, 5)][-1] == [40, 41, 42, 43, 44]
 
 
@@ -115,7 +116,7 @@ def test_bad_rows_are_skipped_and_counted_by_cause(tmp_path: Path) -> None:
 
 
 def test_a_bad_row_surfaces_at_its_step_in_error_mode(tmp_path: Path) -> None:
-    loader = make_loader(tmp_path, {25: {"chosen": None}}, order=Order(NUM_ROWS, 10, shuffle=False))
+    loader = make_loader(tmp_path, {25: {"chosen": None}}, order=Order(plain(NUM_ROWS), 10, shuffle=False))
     steps = loader.steps(0, 5)
     assert [next(steps).number, next(steps).number] == [0, 1]
     with pytest.raises(RowError, match=r"a\.jsonl:26: column chosen is null"):

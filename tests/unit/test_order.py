@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_utils.order import Order, assign, permute
+from data_utils.assign import assign
+from data_utils.mixture import plain
+from data_utils.order import Order
+from data_utils.permute import permute
 
 ROWS = st.integers(min_value=1, max_value=3000)
 SEEDS = st.integers(min_value=0, max_value=2**63)
@@ -70,7 +73,7 @@ def test_every_row_reaches_every_place_equally_often() -> None:
 @few
 @given(ROWS, st.integers(min_value=1, max_value=700), SEEDS, st.booleans())
 def test_windows_partition_every_epoch(num_rows: int, pairs_per_step: int, seed: int, shuffle: bool) -> None:
-    order = Order(num_rows, pairs_per_step, seed, shuffle)
+    order = Order(plain(num_rows), pairs_per_step, seed, shuffle)
     consumed = 0
     for epoch in range(2):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
@@ -96,7 +99,7 @@ def test_assign_gives_each_position_to_one_rank(lengths: list[int], world_size: 
 @few
 @given(ROWS, WORLDS, SEEDS)
 def test_the_union_over_ranks_does_not_depend_on_the_world(num_rows: int, world_size: int, seed: int) -> None:
-    order = Order(num_rows, 100, seed)
+    order = Order(plain(num_rows), 100, seed)
     row_bytes = np.random.default_rng(0).integers(1, 9999, num_rows)
     for step in range(order.steps_per_epoch):
         _, window = order.window(step)

@@ -11,6 +11,7 @@ import pytest
 
 from data_utils import reader
 from data_utils.loader import PREFETCHED_STEPS
+from data_utils.mixture import plain
 from data_utils.order import Order
 from data_utils.reader import StepReader
 from data_utils.schema import PairColumns, PreferencePair, RowError
@@ -44,7 +45,7 @@ class FlakyShards:
 def make_reader(num_failures: int = 0, on_bad_row: str = "skip") -> StepReader:
     tokenizer = PairTokenizer(tiny_tokenizer(), max_length=16)
     shards = FlakyShards(num_failures)
-    order = Order(5, 5, shuffle=False)
+    order = Order(plain(5), 5, shuffle=False)
     return StepReader(shards, tokenizer, order, rank=0, world_size=1, on_bad_row=on_bad_row)  # pyright: ignore[reportArgumentType]
 
 

@@ -207,3 +207,13 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
     assert second["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert after["eval_loss"] != before["eval_loss"]
     assert "steps skipped so far" in capsys.readouterr().out
+
+
+def test_the_ledger_names_every_pair_of_every_step(folder: Path) -> None:
+    train(folder, "ledger", "--log.ledger", "true", "--train.epochs", "2", "--batch.pairs_per_step", "8")
+    lines = [json.loads(line) for line in (folder / "ledger" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(len(line) == 2 for line in lines)
+    every_pair = sorted(f"{folder}/train.jsonl:{number}" for number in range(1, 21))
+    for epoch in (lines[:3], lines[3:]):
+        assert sorted(pair for line in epoch for pair in line["pairs"]) == every_pair
+    assert [line["pairs"] for line in lines[:3]] != [line["pairs"] for line in lines[3:]]

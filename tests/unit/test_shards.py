@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_utils import shard_files
+from data_utils import line_files, table_files
 from data_utils.schema import DataError, RowError
-from data_utils.shards import ShardSet, SourceSpec
+from data_utils.shards import ShardSet
+from data_utils.sources import SourceSpec
 
 
 def row(number: int) -> dict[str, str]:
@@ -98,11 +100,11 @@ def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
     assert ShardSet.open([write(tmp_path / "a.jsonl", line)]).pair(0).chosen == "\N{GRINNING FACE}"
 
 
-def test_folders_and_globs_are_sorted_by_path(tmp_path: Path) -> None:
+def test_folders_and_globs_are_sorted_by_path_streamed_files_last(tmp_path: Path) -> None:
     for number, name in enumerate(["b.jsonl", "a.jsonl.gz", "sub/c.jsonl"]):
         write(tmp_path / name, jsonl([row(number)]))
     write(tmp_path / "README.txt", b"not data")
-    assert prompts(ShardSet.open([str(tmp_path)])) == ["prompt 1", "prompt 0", "prompt 2"]
+    assert prompts(ShardSet.open([str(tmp_path)])) == ["prompt 0", "prompt 2", "prompt 1"]
     assert prompts(ShardSet.open([f"{tmp_path}/b.jsonl", f"{tmp_path}/a*"])) == ["prompt 0", "prompt 1"]
     assert len(ShardSet.open([f"{tmp_path}/**/*.jsonl"])) == 2
 
@@ -115,7 +117,7 @@ def test_source_names_reach_the_pairs(tmp_path: Path) -> None:
 
 def test_all_that_is_missing_is_listed(tmp_path: Path) -> None:
     there = write(tmp_path / "a.jsonl", jsonl([row(1)]))
-    gone = [str(tmp_path / "x.jsonl"), str(tmp_path / "y*.jsonl"), "http://127.0.0.1/z.jsonl"]
+    gone = [str(tmp_path / "x.jsonl"), str(tmp_path / "y*.jsonl"), "s/z.jsonl.zst"]
     with pytest.raises(DataError) as caught:
         ShardSet.open([gone[0], there, *gone[1:]])
     assert all(path in str(caught.value) for path in gone) and there not in str(caught.value)
@@ -162,11 +164,11 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
 
 
 def test_bombs_and_endless_lines_stop_at_a_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "FREE_INFLATED_BYTES", 1 << 20)
-    with pytest.raises(DataError, match=r"bomb\.jsonl\.gz: .* a gzip bomb"):
+    monkeypatch.setattr(line_files, "FREE_INFLATED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match=r"bomb\.jsonl\.gz: .* a bomb"):
         ShardSet.open([write(tmp_path / "bomb.jsonl.gz", b" " * (4 << 20))])
-    monkeypatch.setattr(shard_files, "MAX_LINE_BYTES", 1000)
-    with pytest.raises(DataError, match=r"long\.jsonl:2: a line of 1,001 bytes"):
+    monkeypatch.setattr(line_files, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(DataError, match=r"long\.jsonl:2: a line of more than 1,000 bytes"):
         ShardSet.open([write(tmp_path / "long.jsonl", b"{}\n" + b"x" * 1001)])
 
 
@@ -184,7 +186,7 @@ def test_parquet_messages_and_null_columns(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_in_any_order_with_a_small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "PARQUET_CACHE_ROWS", 8)
+    monkeypatch.setattr(table_files, "_mapped", lru_cache(2)(table_files._mapped.__wrapped__))
     path = write_parquet(tmp_path / "a.parquet", [row(number) for number in range(50)], row_group_size=4)
     shards = ShardSet.open([path])
     for index in np.random.default_rng(0).permutation(50):
@@ -210,8 +212,16 @@ def test_fingerprint_follows_content_and_order_not_place(tmp_path: Path) -> None
     assert ShardSet.open([str(tmp_path / "two")]).fingerprint != whole
 
 
-def test_rows_are_read_from_the_file_not_from_memory(tmp_path: Path) -> None:
-    path = Path(write(tmp_path / "a.jsonl", jsonl([row(1)])))
+def test_a_file_that_changes_while_it_is_open_is_refused(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", jsonl([row(1), row(2)])))
     shards = ShardSet.open([str(path)])
     path.write_bytes(path.read_bytes().replace(b"prompt 1", b"prompt 9"))
-    assert shards.pair(0).prompt == "prompt 9"
+    assert shards.pair(1).prompt == "prompt 2"
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the shard was changed \(sha256 \w{16} now, \w{16} in its index"):
+        shards.pair(0)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.jsonl", "https://h/a.parquet", "file:///etc/passwd.jsonl"])
+def test_urls_of_unknown_kinds_are_refused_without_a_request(url: str) -> None:
+    with pytest.raises(DataError, match=r"is no place for shards"):
+        ShardSet.open([url])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import pickle
 import re
@@ -14,9 +15,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_utils.loader import PREFETCHED_STEPS, StepLoader
+from data_utils.mixture import plain
 from data_utils.order import Order
 from data_utils.schema import DataError, RowError, Step
 from data_utils.shards import ShardSet
@@ -25,7 +29,7 @@ from tests.unit.test_loader import equal, make_loader, no_thread_is_left, wait_u
 from tests.unit.worker_doubles import Watched
 
 ROOT = Path(__file__).resolve().parents[2]
-IN_ORDER = Order(60, pairs_per_step=5, shuffle=False)
+IN_ORDER = Order(plain(60), pairs_per_step=5, shuffle=False)
 AHEAD = 5 * (1 + PREFETCHED_STEPS + 1 + 2)  # rows of the steps taken, collated, waiting for room, and tokenized
 
 
@@ -86,11 +90,12 @@ def test_steps_come_in_order_and_are_those_of_no_workers(tmp_path: Path, happeni
     assert_undisturbed(loader, steps)
 
 
-def test_workers_read_compressed_shards_too(tmp_path: Path) -> None:
-    rows = [f'{{"prompt": "the cat", "chosen": " sat {n}", "rejected": " ran {n}"}}\n' for n in range(30)]
-    (tmp_path / "b.jsonl").write_text("".join(rows))
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
-    shards = ShardSet.open([str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl.gz")])
+def test_workers_read_all_kinds_of_shards(tmp_path: Path) -> None:
+    rows = [{"prompt": "the cat", "chosen": f" sat {n}", "rejected": f" ran {n}"} for n in range(30)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=7)
+    shards = ShardSet.open([str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.parquet")])
     loader, watched = watched_loader(tmp_path, shards=shards, num_workers=1)
     assert_undisturbed(loader, take_all(loader, watched))
 
@@ -134,7 +139,7 @@ def test_a_row_that_kills_its_reader_ends_the_run_with_its_step(tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         made.extend(steps)
     assert [step.number for step in made] == list(range(8)) and watched.attempts_in_workers(40) == 3
-    start = f"step 8 (5 rows over all ranks, the first {tmp_path}/a.jsonl:41) killed 3 data workers (SIGKILL, SIGKILL, SIGKILL): "
+    start = f"step 8 (5 rows over all ranks, the first {tmp_path}/a.jsonl:41) killed 3 data workers (SIGKILL, SIGKILL, "
     assert str(caught.value).startswith(start) and "a row that kills its reader" in str(caught.value)
 
 

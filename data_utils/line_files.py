@@ -1,0 +1,273 @@
+"""Shards of one JSON object per line: plain, or compressed with gzip or Zstandard.
+
+An index says where each row lies and what its bytes hash to, so that a row is read on its own and known to be the one
+that was indexed. It comes from a manifest, or is made when the file is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+
+from data_utils import stores
+from data_utils.formats import list_keys
+from data_utils.schema import DataError, RowError
+from data_utils.scratch import Scratch
+
+PLAIN_ENDINGS = (".jsonl",)
+COMPRESSED_ENDINGS = (".jsonl.gz", ".jsonl.zst")
+MAX_LINE_BYTES = 64 << 20
+MAX_INFLATED_BYTES = 64 << 30
+MAX_INFLATION = 200  # times the compressed size; text compresses to a third or a tenth
+FREE_INFLATED_BYTES = 64 << 20  # below this no ratio is suspicious
+CHUNK_BYTES = 1 << 20
+BOM = b"\xef\xbb\xbf"
+
+INDEX = np.dtype([("start", "<u8"), ("hash", "<u8"), ("bytes", "<u4"), ("line", "<u4")])
+"""One record per row: where it starts in the (inflated) text, `hash_row`, its bytes without the line's end, its line
+number from 1. 24 bytes."""
+
+
+def hash_row(line: bytes) -> int:
+    """64 bits of BLAKE2b of a row's bytes."""
+    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class LineIndex:
+    """What must be known of a file to read its rows.
+
+    Attributes:
+        rows: (rows,) of dtype INDEX; may be mapped from a file.
+        sha256: of the file as it lies there (compressed, if it is).
+    """
+
+    rows: np.ndarray
+    sha256: str
+
+
+class LineFile:
+    """A `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file with an index; what is not plain and local is unpacked when needed.
+
+    Args:
+        path: the file.
+        index: from a manifest; None: made now, once per machine.
+        scratch: where unpacked text and a new index go.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+
+    def __init__(self, path: str, scratch: Scratch, index: LineIndex | None = None) -> None:
+        self.path = path
+        self._scratch = scratch
+        self._from_manifest = index is not None
+        self._index = index or _made_index(path, scratch)
+        self._text: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What the fingerprint of the data holds of this file."""
+        return self._index.sha256
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file."""
+        return len(self._index.rows)
+
+    def row_bytes(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) int64 bytes of each of the rows."""
+        return self._index.rows["bytes"][rows].astype(np.int64)
+
+    def where(self, row: int) -> str:
+        """ "file:line" of a row."""
+        return f"{self.path}:{self._index.rows['line'][row]}"
+
+    def row(self, row: int) -> object:
+        """The parsed row.
+
+        Raises:
+            RowError: it is not strict JSON.
+            DataError: its bytes are not those that were indexed.
+        """
+        entry = self._index.rows[row]
+        line = stores.read_range(self._plain_text(), int(entry["start"]), int(entry["bytes"]))
+        if hash_row(line) != int(entry["hash"]):
+            raise self._changed(row)
+        return parse_json(line, self.where(row))
+
+    def keys(self) -> list[str]:
+        """Keys of the first row. Raises RowError."""
+        row = self.row(0)
+        return list(row) if isinstance(row, dict) else []
+
+    def _plain_text(self) -> str:
+        if self._text is None:
+            self._text = plain_text(self.path, self._scratch)
+        return self._text
+
+    def _changed(self, row: int) -> DataError:
+        found = sha256_of(self.path)
+        there = "manifest.json" if self._from_manifest else "its index at the start of the run"
+        hashes = f"sha256 {found[:16]} now, {self._index.sha256[:16]} in {there}"
+        return DataError(f"{self.where(row)}: the shard was changed ({hashes}); restore it or start a new run")
+
+
+def is_compressed(path: str) -> bool:
+    """Whether a line file must be inflated to be read."""
+    return path.endswith(COMPRESSED_ENDINGS)
+
+
+def plain_text(path: str, scratch: Scratch) -> str:
+    """A file of this machine with the shard's inflated text; the shard itself if it is plain and local."""
+    if not is_compressed(path) and not stores.is_url(path):
+        return path
+    return str(scratch.make(entry_name("text", path), lambda aside: _unpack(path, aside)))
+
+
+def entry_name(kind: str, path: str, part: int = 0) -> str:
+    """Name of a scratch entry of a shard."""
+    return f"{kind}-{hashlib.blake2b(path.encode(), digest_size=12).hexdigest()}-{part}"
+
+
+def make_indexes(paths: list[str], scratch: Scratch) -> None:
+    """Index many files together with the other processes of this machine, so that `LineFile` finds it done."""
+    by_name = {entry_name("index", path): path for path in paths}
+    scratch.make_all(by_name, lambda name, aside: _write_index(by_name[name], scratch, aside))
+
+
+def _made_index(path: str, scratch: Scratch) -> LineIndex:
+    folder = scratch.make(entry_name("index", path), partial(_write_index, path, scratch))
+    return LineIndex(np.load(folder / "rows.npy", mmap_mode="r"), (folder / "sha256").read_text())
+
+
+def _write_index(path: str, scratch: Scratch, aside: Path) -> None:
+    index = index_text(path, plain_text(path, scratch))
+    aside.mkdir()
+    np.save(aside / "rows.npy", index.rows)
+    (aside / "sha256").write_text(index.sha256)
+
+
+def index_text(path: str, text: str, on_row: Callable[[bytes, str], None] = lambda line, where: None) -> LineIndex:
+    """Index a shard by one pass over its plain text; `on_row` sees every row with its "file:line".
+
+    Lines that hold only white space are no rows; a byte order mark is left out.
+
+    Raises:
+        DataError: a line is too long.
+    """
+    digest = hashlib.sha256()
+    columns = (array("Q"), array("Q"), array("I"), array("I"))
+    starts, hashes, sizes, numbers = columns
+    end = 0
+    with open(text, "rb", buffering=CHUNK_BYTES) as file:
+        for number, raw in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 2), b""), start=1):
+            digest.update(raw)
+            start, end = end, end + len(raw)
+            line = raw.removesuffix(b"\n")
+            if len(line) > MAX_LINE_BYTES:
+                limit = f"a line of more than {MAX_LINE_BYTES:,} bytes"
+                raise DataError(f"{path}:{number}: {limit}; no pair is that long: fix the file or split the line")
+            if number == 1 and line.startswith(BOM):
+                line, start = line[len(BOM) :], start + len(BOM)
+            if not line.strip():
+                continue
+            starts.append(start)
+            hashes.append(hash_row(line))
+            sizes.append(len(line))
+            numbers.append(number)
+            on_row(line, f"{path}:{number}")
+    rows = np.empty(len(starts), INDEX)
+    for name, column in zip(("start", "hash", "bytes", "line"), columns, strict=True):
+        rows[name] = np.frombuffer(column, dtype=column.typecode)
+    return LineIndex(rows, digest.hexdigest() if text == path else sha256_of(path))
+
+
+def sha256_of(path: str) -> str:
+    """Hash of a file as it lies there."""
+    with stores.open_file(path) as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _unpack(path: str, aside: Path) -> None:
+    """Write the inflated text of a shard."""
+    with aside.open("wb") as out:
+        if is_compressed(path):
+            out.writelines(_inflated(path))
+            return
+        with stores.open_file(path) as file:
+            shutil.copyfileobj(file, out, CHUNK_BYTES)
+
+
+def _inflated(path: str) -> Iterator[bytes]:
+    """The text in chunks. Raises DataError where it is broken or a bomb."""
+    codec, name = ("zstd", "Zstandard") if path.endswith(".zst") else ("gzip", "gzip")
+    compressed_bytes = stores.size_of(path)
+    limit = min(MAX_INFLATED_BYTES, max(FREE_INFLATED_BYTES, MAX_INFLATION * compressed_bytes))
+    num_bytes, num_lines = 0, 0
+    with stores.open_file(path) as file:
+        stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)
+        while True:
+            try:
+                chunk = stream.read(CHUNK_BYTES)
+            except (pa.ArrowException, OSError) as error:
+                place = f"near line {num_lines + 1}, after {num_bytes:,} inflated bytes"
+                reason = " ".join(str(error).split())
+                message = f"{path}: truncated or corrupt {name} {place} ({reason}); fetch the file again"
+                raise DataError(message) from error
+            if not chunk:
+                return
+            num_bytes, num_lines = num_bytes + len(chunk), num_lines + chunk.count(b"\n")
+            if num_bytes > limit:
+                sizes = f"{compressed_bytes:,} bytes inflate to more than {limit:,}"
+                raise DataError(f"{path}: {sizes}; a bomb? inflate it yourself if it is sound")
+            yield chunk
+
+
+def parse_json(line: bytes, where: str) -> object:
+    """One JSON value, strictly: no NaN or Infinity, no key twice, no text that is not UTF-8.
+
+    Raises:
+        RowError: cause `invalid_utf8`, `duplicate_key`, `nan_literal` or `malformed_json`.
+    """
+
+    def refuse_literal(literal: str) -> NoReturn:
+        raise RowError(where, "nan_literal", f"{literal} is not JSON; use null or drop the column")
+
+    def refuse_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(items)
+        if len(row) < len(items):
+            keys = [key for key, _ in items]
+            twice = list_keys(sorted({key for key in keys if keys.count(key) > 1}))
+            raise RowError(where, "duplicate_key", f"more than one of the key {twice} in one object; keep one")
+        return row
+
+    try:
+        text = line.decode()
+        row = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_literal)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair: JSON allows it, UTF-8 does not
+            json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        message = f"not UTF-8 at {error.start} ({error.reason}); convert the file"
+        raise RowError(where, "invalid_utf8", message) from error
+    except RowError:
+        raise
+    except json.JSONDecodeError as error:
+        message = f"malformed JSON at column {error.colno} of {len(error.doc)}: {error.msg}; fix or drop the line"
+        raise RowError(where, "malformed_json", message) from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(where, "malformed_json", f"malformed JSON: {error}; fix or drop the line") from error
+    return row

@@ -1,0 +1,142 @@
+"""The command `python -m data_utils.manifest`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from data_utils.formats import parse_row
+from data_utils.line_files import INDEX, index_text, parse_json, plain_text, sha256_of
+from data_utils.manifest import NAME, ROWS_NAME, Shard, write_manifest
+from data_utils.schema import DataError, RowError
+from data_utils.scratch import Scratch
+from data_utils.sources import ENDINGS
+from data_utils.stores import files_below
+from data_utils.table_files import ENDINGS as TABLE_ENDINGS
+from data_utils.table_files import Group, TableFile
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns 0, 1 where rows are bad, or 2 where the folder cannot be used."""
+    options = _parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        shards = describe(Path(options.folder), not options.no_check, options.workers, console)
+    except (DataError, OSError) as error:
+        console.print(f"error: {' '.join(str(error).split())}", markup=False)
+        return 2
+    causes = sum((Counter(shard.bad) for shard in shards), Counter[str]())
+    rows, num_bytes = sum(shard.rows for shard in shards), sum(shard.bytes for shard in shards)
+    print(f"{len(shards)} shards, {rows:,} rows, {num_bytes:,} bytes: {Path(options.folder) / NAME}")
+    for cause, count in causes.most_common():
+        print(f"  {count} bad rows: {cause}")
+    for shard in [shard for shard in shards if shard.bad][:5]:
+        print(f"  {shard.first_bad}")
+    if options.json:
+        summary = {"shards": len(shards), "rows": rows, "bytes": num_bytes, "bad": causes}
+        Path(options.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return 1 if causes else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = (
+        f"Write {NAME} and {ROWS_NAME} into a folder of shards: files, rows, bytes, hashes, and where each row lies. "
+        "A run over the folder then starts at once, and any later change of a shard is found when it is read. "
+        "Exit code 0: sound; 1: written, but some rows are bad; 2: not written."
+    )
+    parser = argparse.ArgumentParser(prog="python -m data_utils.manifest", description=description)
+    parser.add_argument("folder", metavar="DIR", help="folder of shards, searched through")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--no-check", action="store_true", help="do not parse the rows: faster, finds no bad ones")
+    parser.add_argument("--json", metavar="FILE", help="also write the summary as JSON")
+    return parser
+
+
+def describe(folder: Path, check: bool, num_workers: int, console: Console | None = None) -> list[Shard]:
+    """Read all shards below a folder and write its manifest.
+
+    Raises:
+        DataError: there are none, or one is broken as a whole.
+    """
+    paths = [path for path in files_below(str(folder)) if path.endswith(ENDINGS)]
+    if not paths:
+        raise DataError(f"no shards in {folder}; a shard is a file that ends in {', '.join(ENDINGS)}")
+    described: dict[str, tuple[Shard, np.ndarray]] = {}
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(map(os.path.getsize, paths)))
+        # The largest first, so that no process is left with a big one at the end.
+        jobs = sorted(paths, key=os.path.getsize, reverse=True)
+        with ProcessPoolExecutor(max(1, min(num_workers, len(jobs))), multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(describe_shard, str(folder), path, check): path for path in jobs}
+            for future in as_completed(futures):
+                described[futures[future]] = future.result()
+                progress.advance(task, os.path.getsize(futures[future]))
+    shards = [described[path][0] for path in paths]
+    if empty := [shard.path for shard in shards if not shard.rows]:
+        raise DataError(f"{', '.join(empty)}: no rows; drop the empty shard or fill it")
+    write_manifest(folder, shards, [described[path][1] for path in paths])
+    return shards
+
+
+def describe_shard(folder: str, path: str, check: bool) -> tuple[Shard, np.ndarray]:
+    """One shard's entry and its index, of dtype INDEX. Raises DataError."""
+    scratch = Scratch(f"manifest {os.getpid()}")
+    try:
+        describe_file = _describe_table if path.endswith(TABLE_ENDINGS) else _describe_lines
+        return describe_file(Path(path).relative_to(folder).as_posix(), path, check, scratch)
+    finally:
+        scratch.close()
+
+
+class _Bad:
+    """Rows that cannot be used, by cause."""
+
+    def __init__(self) -> None:
+        self.causes: Counter[str] = Counter()
+        self.first = ""
+
+    def add(self, error: RowError) -> None:
+        self.first = self.first or str(error)
+        self.causes[error.cause] += 1
+
+
+def _describe_lines(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray]:
+    bad = _Bad()
+
+    def check_row(line: bytes, where: str) -> None:
+        try:
+            parse_row(parse_json(line, where), where)
+        except RowError as error:
+            bad.add(error)
+
+    text = plain_text(path, scratch)
+    index = index_text(path, text, check_row) if check else index_text(path, text)
+    size, sha256 = os.path.getsize(path), index.sha256
+    shard = Shard(name, len(index.rows), size, sha256, sha256, (), check, dict(bad.causes), bad.first)
+    return shard, index.rows
+
+
+def _describe_table(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray]:
+    bad = _Bad()
+    file = TableFile(path, scratch)
+    index = np.zeros(file.num_rows, INDEX)
+    index["bytes"] = file.row_bytes(np.arange(file.num_rows))
+    for row in range(file.num_rows if check else 0):
+        try:
+            parse_row(file.row(row), file.where(row))
+        except RowError as error:
+            bad.add(error)
+    groups = tuple(Group(rows, file.hash_group(number)) for number, rows in enumerate(file.group_rows))
+    size, sha256 = os.path.getsize(path), sha256_of(path)
+    shard = Shard(name, file.num_rows, size, sha256, file.identity, groups, check, dict(bad.causes), bad.first)
+    return shard, index

@@ -59,7 +59,7 @@ class StepLoader:
             OSError: the same, for a shard that went away and did not come back within some seconds.
         """
         ahead: Queue[Step | Exception | None] = Queue(maxsize=PREFETCHED_STEPS)
-        workers = Workers(self._reader, self.num_workers, first, last)
+        workers = Workers(self.reader, self.num_workers, first, last)
         thread = threading.Thread(target=self._fill, args=(ahead, workers, first, last), name="steps", daemon=True)
         workers.start()
         thread.start()
@@ -73,7 +73,8 @@ class StepLoader:
             thread.join()
 
     @property
-    def _reader(self) -> StepReader:
+    def reader(self) -> StepReader:
+        """What makes this rank's steps, up to token ids."""
         return StepReader(self.shards, self.tokenizer, self.order, self.rank, self.world_size, self.on_bad_row)
 
     def _fill(self, ahead: Queue[Step | Exception | None], workers: Workers, first: int, last: int) -> None:

@@ -80,6 +80,24 @@ def test_a_shard_that_stays_away_is_named(caplog: pytest.LogCaptureFixture) -> N
     assert len(caplog.messages) == 1
 
 
+def test_a_shard_that_is_moved_away_is_waited_for(tmp_path: Path) -> None:
+    loader = make_loader(tmp_path, order=Order(plain(45), 5, shuffle=False))
+    path, away = tmp_path / "a.jsonl", tmp_path / "away"
+    path.rename(away)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            away.rename(path)
+
+    tokenized = loader.reader.read(1, wait)
+    assert [pair.index for pair in tokenized.pairs] == [5, 6, 7, 8, 9] and len(waits) == 2
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
+        loader.reader.read(2, waits.append)
+
+
 def test_closing_does_not_wait_for_a_shard_to_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spy = SpyTokenizer(tiny_tokenizer(), max_length=64)
     steps = make_loader(tmp_path, tokenizer=spy).steps(0, 1000)

@@ -1,4 +1,5 @@
-"""One rank's steps: from the rows of a window to micro-batches, prepared ahead of training in a thread."""
+"""One rank's steps: from the rows of a window to micro-batches, prepared ahead of training in a thread, and with
+`num_workers` also in other processes."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from typing import Literal
 
 import torch
 
-from data_utils.assign import assign
 from data_utils.batching import collate, pack
 from data_utils.order import Order
+from data_utils.reader import StepReader, TokenizedStep
 from data_utils.schema import DataError, Layout, PairBatch, RowError, Step, TokenizedPair
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
+from data_utils.workers import Workers
 
 PREFETCHED_STEPS = 2
 POLL_S = 0.1
@@ -31,6 +33,7 @@ class StepLoader:
         tokens_per_micro_batch: the budget of `pack`.
         on_bad_row: "error" raises the RowError; "skip" leaves the row out and hands the error on with the step.
         pin_memory: put the tensors into page-locked memory, for asynchronous copies to a GPU.
+        num_workers: processes that read and tokenize; 0: the thread that collates does it.
     """
 
     shards: ShardSet
@@ -43,18 +46,22 @@ class StepLoader:
     pad_token_id: int
     on_bad_row: Literal["error", "skip"] = "error"
     pin_memory: bool = False
+    num_workers: int = 0
 
     def steps(self, first: int, last: int) -> Generator[Step, None, None]:
-        """Steps first, ..., last - 1, made up to `PREFETCHED_STEPS` ahead in a thread.
+        """Steps first, ..., last - 1, made up to `PREFETCHED_STEPS` ahead in a thread, and tokenized up to
+        `num_workers` steps further ahead.
 
-        The thread starts with the first `next` and ends with the iterator, also when that is closed early.
+        Thread and workers start with the first `next` and end with the iterator, also when that is closed early.
 
         Raises:
             RowError, DataError: in place of the step that could not be made.
+            OSError: the same, for a shard that went away and did not come back within some seconds.
         """
         ahead: Queue[Step | Exception | None] = Queue(maxsize=PREFETCHED_STEPS)
-        closed = threading.Event()
-        thread = threading.Thread(target=self._fill, args=(ahead, closed, first, last), name="steps", daemon=True)
+        workers = Workers(self.reader, self.num_workers, first, last)
+        thread = threading.Thread(target=self._fill, args=(ahead, workers, first, last), name="steps", daemon=True)
+        workers.start()
         thread.start()
         try:
             while (item := ahead.get()) is not None:
@@ -62,36 +69,30 @@ class StepLoader:
                     raise item
                 yield item
         finally:
-            closed.set()
+            workers.close()
             thread.join()
 
-    def _fill(self, ahead: Queue[Step | Exception | None], closed: threading.Event, first: int, last: int) -> None:
+    @property
+    def reader(self) -> StepReader:
+        """What makes this rank's steps, up to token ids."""
+        return StepReader(self.shards, self.tokenizer, self.order, self.rank, self.world_size, self.on_bad_row)
+
+    def _fill(self, ahead: Queue[Step | Exception | None], workers: Workers, first: int, last: int) -> None:
         """The thread: steps, then None or the exception that ended them."""
         try:
             for number in range(first, last):
-                if not _put(ahead, closed, self._step(number)):
+                tokenized = workers.take(number)
+                if tokenized is None or not _put(ahead, workers.closed, self._step(tokenized)):
                     return
         except Exception as error:
-            _put(ahead, closed, error)
+            _put(ahead, workers.closed, error)
         else:
-            _put(ahead, closed, None)
+            _put(ahead, workers.closed, None)
 
-    def _step(self, number: int) -> Step:
-        epoch, window = self.order.window(number)
-        mine = window[assign(self.shards.row_bytes(window), self.world_size)[self.rank]]
-        pairs, skipped = [], []
-        for index in mine.tolist():
-            try:
-                pairs.append(self._pair(index))
-            except RowError as error:
-                if self.on_bad_row == "error":
-                    raise
-                skipped.append(error)
-        batches = [self._collate(micro_batch) for micro_batch in pack(pairs, self.layout, self.tokens_per_micro_batch)]
-        return Step(number, epoch, batches, len(pairs), tuple(skipped))
-
-    def _pair(self, index: int) -> TokenizedPair:
-        return self.tokenizer(self.shards.pair(index), index)
+    def _step(self, tokenized: TokenizedStep) -> Step:
+        packed = pack(tokenized.pairs, self.layout, self.tokens_per_micro_batch)
+        batches = [self._collate(micro_batch) for micro_batch in packed]
+        return Step(tokenized.number, tokenized.epoch, batches, len(tokenized.pairs), tokenized.skipped)
 
     def _collate(self, pairs: list[TokenizedPair]) -> PairBatch:
         batch = collate(pairs, self.layout, self.pad_token_id)

@@ -40,7 +40,8 @@ def size_of(path: str) -> int:
 
 
 def read_range(path: str, start: int, num_bytes: int) -> bytes:
-    """`num_bytes` bytes from `start` on, or fewer at the end of the file. Raises OSError."""
+    """`num_bytes` bytes from `start` on, or fewer at the end of the file; of a local file at the first try, since
+    `StepReader` tries again. Raises OSError."""
 
     def read() -> bytes:
         if is_url(path):
@@ -49,7 +50,7 @@ def read_range(path: str, start: int, num_bytes: int) -> bytes:
             file.seek(start)
             return file.read(num_bytes)
 
-    return _retried(read)
+    return _retried(read) if is_url(path) else read()
 
 
 def open_file(path: str) -> BinaryIO:

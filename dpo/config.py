@@ -80,6 +80,7 @@ _SAME_TRAJECTORY = (
     "data.eval",
     "data.on_bad_row",
     "data.max_bad_fraction",
+    "data.num_workers",
     "reference.offload",
 )
 """Keys (or, with a dot at the end, sections) that may change on resume: training follows the same trajectory."""

@@ -90,7 +90,7 @@ class Run:
         self.engine: Engine = build_engine(build)
         self._check_scoring()
         self.reference: Reference = build_reference(config, reference_source, self.engine)
-        self.loader = self._loader(self.shards, self.order)
+        self.loader = self._loader(self.shards, self.order, config.data.num_workers)
         self.evaluator = None if held_out is None else self._evaluator(held_out)
         self._sizes = Sizes.of(self.engine.policy)
         self.tally = Tally(world)
@@ -132,7 +132,7 @@ class Run:
         max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
         return PairTokenizer(self.tokenizer, max_length)
 
-    def _loader(self, shards: ShardSet, order: Order) -> StepLoader:
+    def _loader(self, shards: ShardSet, order: Order, num_workers: int = 0) -> StepLoader:
         return StepLoader(
             shards,
             self._pair_tokenizer(),
@@ -144,6 +144,7 @@ class Run:
             pad_token_id=FILLER_ID,
             on_bad_row=self.config.data.on_bad_row,
             pin_memory=self.world.device.type == "cuda",
+            num_workers=num_workers,
         )
 
     def _evaluator(self, shards: ShardSet) -> Evaluator:

@@ -77,6 +77,8 @@ class DataSection:
     """What to do with a row that cannot be used: stop, or skip and count it."""
     max_bad_fraction: float = 0.01
     """With on_bad_row=skip: stop when more than this fraction of the rows was skipped."""
+    num_workers: int = 0
+    """Processes per rank that read and tokenize training pairs; 0: a thread of the trainer does."""
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train is empty: name at least one file, glob or folder with --data.train")
@@ -85,6 +87,7 @@ class DataSection:
         weighted = [entry.path for entry in self.eval if isinstance(entry, DataSource) and entry.weight != 1]
         require(not weighted, f"data.eval: {', '.join(weighted)} has a weight, but each pair is scored once: drop it")
         at_least("data.max_length", self.max_length, 2)
+        at_least("data.num_workers", self.num_workers, 0)
         in_range("data.max_bad_fraction", self.max_bad_fraction, 0, 1)
         if self.on_bad_row == "error":
             unchanged(self, "data", ("max_bad_fraction",), "data.on_bad_row=error", "--data.on_bad_row skip")

@@ -189,6 +189,7 @@ def test_yaml_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("--loss.beta 0", "loss.beta must be above 0, not 0.0: set --loss.beta"),
         ("--loss.label_smoothing 0.5", "loss.label_smoothing must be in [0, 0.5), not 0.5"),
         ("--data.max_length 1", "data.max_length must be at least 2, not 1"),
+        ("--data.num_workers -1", "data.num_workers must be at least 0, not -1"),
         ("--data.max_bad_fraction 0.5", "does nothing with data.on_bad_row=error: set --data.on_bad_row skip"),
         ("--loss.type sigmoid sigmoid", "loss.type takes one loss"),
         ("--batch.pairs_per_step 0", "batch.pairs_per_step must be at least 1, not 0"),

@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -142,9 +143,9 @@ def test_row_errors_travel_between_processes() -> None:
 class SpyTokenizer(PairTokenizer):
     calls = 0
 
-    def __call__(self, pair: PreferencePair, index: int) -> TokenizedPair:
-        self.calls += 1
-        return super().__call__(pair, index)
+    def many(self, pairs: Sequence[PreferencePair], indices: Sequence[int]) -> list[TokenizedPair | RowError]:
+        self.calls += len(pairs)
+        return super().many(pairs, indices)
 
 
 def wait_until(condition) -> bool:
@@ -172,7 +173,7 @@ def test_steps_are_made_ahead_but_not_without_bound(tmp_path: Path) -> None:
 
 def test_a_bug_in_the_thread_surfaces_too(tmp_path: Path) -> None:
     class Broken(PairTokenizer):
-        def __call__(self, pair: PreferencePair, index: int) -> TokenizedPair:
+        def many(self, pairs: Sequence[PreferencePair], indices: Sequence[int]) -> list[TokenizedPair | RowError]:
             raise ZeroDivisionError("bug")
 
     loader = make_loader(tmp_path, tokenizer=Broken(tiny_tokenizer(), 64), on_bad_row="skip")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import train_dpo
+from data_utils import reader
+from data_utils.reader import StepReader, TokenizedStep
+from dpo.engine import StepResult
+from dpo.run import Run
+from dpo.steps import AgreedStep
 from tests.numerics import tiny_models
 from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
@@ -38,7 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, name: str, *flags: str) -> list[dict[str, Any]]:
     """Train into folder/name, which must end well; the rows of metrics.jsonl."""
-    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert code_of(folder, name, dict(zip(flags[::2], flags[1::2], strict=True))) == 0
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def code_of(folder: Path, name: str, flags: dict[str, str]) -> int:
+    """Train into folder/name; the exit code."""
     common = {
         "--model.path": f"{folder}/model",
         "--data.train": f"{folder}/train.jsonl",
@@ -50,8 +63,7 @@ def train(folder: Path, name: str, *flags: str) -> list[dict[str, Any]]:
         "--log.every_steps": "1",
         "--log.tensorboard": "false",
     }
-    assert train_dpo.main([word for item in (common | given).items() for word in item]) == 0
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return train_dpo.main([word for item in (common | flags).items() for word in item])
 
 
 def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
@@ -137,6 +149,48 @@ def test_bad_rows_are_skipped_and_counted_and_columns_reach_the_loss(
     assert (row["pairs_seen"], row["skipped_rows"]) == (19, 1)
     assert row["loss"] == pytest.approx(math.log(2) * 18 / 19, abs=1e-6)
     assert "warning: the rows' margin are not read by loss.type=sigmoid" in capsys.readouterr().out
+
+
+def test_data_workers_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_pairs(folder / "many.jsonl", 80)
+    flags = ["--data.train", f"{folder}/many.jsonl", "--batch.pairs_per_step", "2"]
+    alone = train(folder, "no-workers", *flags)
+    made_here: list[int] = []
+
+    def read_slowly(self: StepReader, number: int, pause: Callable[[float], object] = time.sleep) -> TokenizedStep:
+        made_here.append(number)
+        time.sleep(0.2)  # so that the workers, for which nothing is patched, are ready before the steps are over
+        return read(self, number, pause)
+
+    read = StepReader.read
+    monkeypatch.setattr(StepReader, "read", read_slowly)
+    together = train(folder, "two-workers", *flags, "--data.num_workers", "2")
+    assert len(set(made_here)) < 40 - 5
+    for keys in (["loss", "grad_norm", "logps/chosen"], ["eval_loss"]):
+        assert [[row.get(key) for key in keys] for row in alone] == [[row.get(key) for key in keys] for row in together]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("steps", "worker"))]
+
+
+def test_a_shard_removed_during_the_run_stops_it_with_a_save(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_pairs(folder / "doomed.jsonl", 80)
+    after = Run.after
+
+    def after_removal(run: Run, step: AgreedStep, result: StepResult) -> None:
+        (folder / "doomed.jsonl").unlink(missing_ok=True)
+        after(run, step, result)
+
+    monkeypatch.setattr(Run, "after", after_removal)
+    monkeypatch.setattr(reader, "RETRY_PAUSES_S", (0.1, 0.1))
+    flags = {"--data.train": f"{folder}/doomed.jsonl", "--batch.pairs_per_step": "2"}
+    assert code_of(folder, "doomed", flags) == 2
+    message = f"error: {folder}/doomed.jsonl: No such file or directory: a shard went away during the run: "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+    run = folder / "doomed"
+    step = json.loads((run / "status.json").read_text())["step"]
+    assert step > 0 and (run / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert (run / "logs" / "rank-00000.log").read_text().count("cannot read a shard") == 1
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,25 +136,6 @@ def test_sources_carry_name_beta_and_parts(tmp_path: Path) -> None:
         (0, (5,), 2, 3),
         (5, (5,), 1, None),
     ]
-
-
-def test_a_shard_that_goes_away_is_waited_for_and_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(jsonl(range(4)))
-    shards = ShardSet.open([str(path)])
-    shutil.move(path, tmp_path / "away")
-    waits: list[float] = []
-
-    def wait(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 2:
-            shutil.move(tmp_path / "away", path)
-
-    monkeypatch.setattr(stores.time, "sleep", wait)
-    assert shards.pair(1).prompt == "prompt 1" and len(waits) == 2
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
-        shards.pair(2)
 
 
 def test_zstandard_is_read_and_checked(tmp_path: Path) -> None:

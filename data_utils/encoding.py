@@ -1,10 +1,10 @@
 """From texts to token ids, many at once: the fast and thread-safe side of a tokenizer.
 
-Why a text may be cut: a tokenizer of the `tokenizers` library first finds the added tokens in a text, and then
-normalizes, splits and merges each piece between them by itself. So `text = head + tail` has the ids of head, then
-those of tail, when the tail begins with an added token that is found there whatever stands before it. What a piece
-can still see is whether it begins the text (Metaspace's `prepend_scheme: first`); the tail's first piece is that
-added token, and the head begins where the text does, so neither can tell the difference.
+Why a text may be encoded in pieces: a tokenizer of the `tokenizers` library first finds the added tokens in a text, and
+normalizes, splits and merges what stands between them, each piece by itself. So a text has the ids of its pieces, in
+order, when each piece but the first begins with an added token that is found there whatever stands before it. What is
+between two tokens can still see whether it begins the text (Metaspace's `prepend_scheme: first`); it does in the first
+piece and nowhere else, cut or not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from data_utils.schema import DataError
@@ -57,26 +58,40 @@ class Encoder:
         self._open()
 
     def encode(self, texts: Iterable[str], as_text: bool) -> dict[str, list[int]]:
-        """Ids by text, each distinct text encoded once.
+        """Ids by text. What several texts share between two control tokens is encoded once: a prompt, a header.
 
         Args:
             as_text: names of special tokens are spelled out like any other text.
         """
-        distinct = list(dict.fromkeys(texts))
-        if not distinct:
+        if as_text or self._cuts is None:
+            return self._encode(dict.fromkeys(texts), as_text)
+        pieces = {text: self.pieces(text) for text in texts}
+        ids = self._encode(dict.fromkeys(chain.from_iterable(pieces.values())), as_text)
+        return {text: list(chain.from_iterable([ids[part] for part in parts])) for text, parts in pieces.items()}
+
+    def pieces(self, text: str) -> list[str]:
+        """Where a text may be cut, special tokens found (see the module's docstring)."""
+        if self._cuts is None:
+            return [text]
+        starts = [match.start() for match in self._cuts.finditer(text, 1)]
+        return [text[start:end] for start, end in pairwise([0, *starts, len(text)])]
+
+    def _encode(self, distinct: Iterable[str], as_text: bool) -> dict[str, list[int]]:
+        texts = list(distinct)
+        if not texts:
             return {}
         if self.is_fast:
-            encodings = self._backends[as_text].encode_batch_fast(distinct, add_special_tokens=False)
-            return {text: encoding.ids for text, encoding in zip(distinct, encodings, strict=True)}
+            encodings = self._backends[as_text].encode_batch_fast(texts, add_special_tokens=False)
+            return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         ids = self._tokenizer(
-            distinct,
+            texts,
             add_special_tokens=False,
             split_special_tokens=as_text,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        return dict(zip(distinct, ids, strict=True))
+        return dict(zip(texts, ids, strict=True))
 
     def offsets(self, text: str) -> Offsets:
         """Half-open span of characters of each token of `text`, special tokens found; ascending.
@@ -90,21 +105,6 @@ class Encoder:
                 f"{name} does not tell where its tokens lie in a text; use a tokenizer with a tokenizer.json"
             )
         return self._backends[False].encode(text, add_special_tokens=False).offsets
-
-    def cut(self, texts: Sequence[str]) -> int:
-        """Where to cut texts, special tokens found, so that ids(text) = ids(text[:cut]) + ids(text[cut:]) for each.
-
-        Returns:
-            The last such place within the part that all of them share; 0 where there is none.
-        """
-        if self._cuts is None:
-            return 0
-        first, *others = texts
-        common = first if all(text.startswith(first) for text in others) else _common_prefix(texts)
-        last = 0
-        for match in self._cuts.finditer(common):
-            last = match.start()
-        return last
 
 
 def alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
@@ -150,16 +150,3 @@ def _straddles(other: str, content: str) -> bool:
         return True
     ends = (other[start:] for start in range(1, len(other)))
     return any(end.startswith(content) or content.startswith(end) for end in ends)
-
-
-def _common_prefix(texts: Sequence[str]) -> str:
-    """The longest text that all of them begin with, by halving: comparing slices is faster than characters."""
-    shortest = min(texts, key=len)
-    low, high = 0, len(shortest)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if all(text.startswith(shortest[:middle]) for text in texts):
-            low = middle
-        else:
-            high = middle - 1
-    return shortest[:low]

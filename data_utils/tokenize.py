@@ -87,32 +87,28 @@ class PairTokenizer:
     def _texts(self, pair: PreferencePair) -> _Texts:
         if not isinstance(pair.prompt, str):
             rendered = self._chat(pair)
-            texts = rendered.prompt, rendered.chosen, rendered.rejected
-            cut = self._encoder.cut(texts)
-            prompt, chosen, rejected = (text[cut:] for text in texts)
-            turns = _moved(rendered.chosen_turns, -cut), _moved(rendered.rejected_turns, -cut)
-            return _Texts((rendered.prompt[:cut], prompt, chosen, rejected), as_text=False, turns=turns)
+            turns = rendered.chosen_turns, rendered.rejected_turns
+            return _Texts((rendered.prompt, rendered.chosen, rendered.rejected), as_text=False, turns=turns)
         assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
         for response in (pair.chosen, pair.rejected):
             if not response.replace(str(self._tokenizer.eos_token), "").strip():
                 raise RowError(pair.where, "empty_response", "a response holds nothing but EOS; drop or fix the row")
         prompt = pair.prompt
-        return _Texts(("", prompt, prompt + pair.chosen, prompt + pair.rejected), as_text=True, turns=(None, None))
+        return _Texts((prompt, prompt + pair.chosen, prompt + pair.rejected), as_text=True, turns=(None, None))
 
     def _pair(self, pair: PreferencePair, index: int, texts: _Texts, ids: dict[str, list[int]]) -> TokenizedPair:
         """Put the ids together: split off the shared prompt, cut the responses to size, find what is scored."""
-        head, prompt, chosen, rejected = (ids[part] for part in texts.parts)
+        prompt, chosen, rejected = (ids[part] for part in texts.parts)
         if texts.as_text:
             if not (self._never_in_text.isdisjoint(chosen) and self._never_in_text.isdisjoint(rejected)):
                 message = "a control token's name is in the text; drop the row"
                 raise RowError(pair.where, "special_token_in_text", message)
-            head, chosen, rejected = self._prefix_ids, [*chosen, self._eos_id], [*rejected, self._eos_id]
+            before, after = self._prefix_ids, [self._eos_id]
+            prompt, chosen, rejected = before + prompt, before + chosen + after, before + rejected + after
         else:
-            head = head if texts.parts[0] else []
             chosen, rejected = self._end(chosen), self._end(rejected)
         shared = _common_prefix_length(prompt, chosen, rejected)
-        prompt_ids = head + prompt[:shared]
-        room = self._room(len(prompt_ids), pair.where)
+        room = self._room(shared, pair.where)
         chosen, rejected = chosen[shared:], rejected[shared:]
         if not chosen or not rejected:
             raise RowError(pair.where, "empty_response", "the chat template adds nothing for the response; check it")
@@ -121,11 +117,11 @@ class PairTokenizer:
             message = f"chosen equals rejected in its first {num_ids} tokens, all that max_length leaves"
             raise RowError(pair.where, "identical", f"{message}; raise it or drop the row")
         scored = [
-            None if turns is None else self._scored(text, turns, shared, len(ids), room, pair.where)
-            for text, turns, ids in zip(texts.parts[2:], texts.turns, (chosen, rejected), strict=True)
+            None if turns is None else self._scored(text, turns, shared, len(response), room, pair.where)
+            for text, turns, response in zip(texts.parts[1:], texts.turns, (chosen, rejected), strict=True)
         ]
         columns, where = pair.columns, pair.where
-        return TokenizedPair(prompt_ids, chosen[:room], rejected[:room], columns, where, index, *scored)
+        return TokenizedPair(prompt[:shared], chosen[:room], rejected[:room], columns, where, index, *scored)
 
     def _room(self, num_prompt_ids: int, where: str) -> int:
         """How many tokens of a response `max_length` leaves after a prompt of so many."""
@@ -141,8 +137,8 @@ class PairTokenizer:
         """Spans of a response's ids, cut to `room`, that hold the assistant's turns.
 
         Args:
-            text: the conversation from where it was cut, and `turns` the spans of characters in it.
-            shared: ids of `text` that belong to the prompt.
+            text: the conversation, and `turns` spans of its characters.
+            shared: ids of the prompt.
             num_ids: ids of the whole response; the last turn reaches to its end, an EOS that we put there included.
         """
         spans = _token_spans(self._encoder.offsets(text), turns)
@@ -173,12 +169,12 @@ class _Texts:
     """What has to be encoded for one pair.
 
     Attributes:
-        parts: a head that prompt, prompt + chosen and prompt + rejected share (may be empty), and the rest of each.
+        parts: prompt, prompt + chosen, prompt + rejected.
         as_text: whether names of control tokens are text.
-        turns: of a response of several turns, the assistant's, as characters in the rest of chosen and of rejected.
+        turns: of a response of several turns, the assistant's, as characters of the last two parts.
     """
 
-    parts: tuple[str, str, str, str]
+    parts: tuple[str, str, str]
     as_text: bool
     turns: tuple[Spans | None, Spans | None]
 
@@ -197,13 +193,12 @@ def _before(ids: list[int], with_specials: list[int]) -> list[int]:
 
 
 def _common_prefix_length(prompt: list[int], chosen: list[int], rejected: list[int]) -> int:
+    size = len(prompt)
+    if chosen[:size] == prompt == rejected[:size]:
+        return size
     ids = zip(prompt, chosen, rejected, strict=False)
-    shortest = min(len(prompt), len(chosen), len(rejected))
+    shortest = min(size, len(chosen), len(rejected))
     return next((place for place, (a, b, c) in enumerate(ids) if not a == b == c), shortest)
-
-
-def _moved(spans: Spans | None, by: int) -> Spans | None:
-    return None if spans is None else tuple((start + by, end + by) for start, end in spans)
 
 
 def _token_spans(offsets: Offsets, spans: Spans) -> list[tuple[int, int]]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PLAIN_KEYS = {"role", "content"}
+
+
 @dataclass(frozen=True, slots=True)
 class RenderedPair:
     """A pair of message lists as texts.
@@ -123,7 +126,7 @@ def _texts(pair: PreferencePair) -> Iterator[str]:
     for part in (pair.prompt, pair.chosen, pair.rejected):
         for message in part:
             assert isinstance(message, dict)
-            yield from _strings(message) if len(message) > 2 else _strings(message.get("content"))
+            yield from _strings(message.get("content") if message.keys() <= PLAIN_KEYS else message)
     yield from _strings(pair.tools)
 
 

@@ -101,8 +101,9 @@ class Encoder:
         """
         if not self.is_fast:
             name = type(self._tokenizer).__name__
+            what = "a response of several turns needs the places of its tokens in the text"
             raise DataError(
-                f"{name} does not tell where its tokens lie in a text; use a tokenizer with a tokenizer.json"
+                f"{what}, which {name} does not tell; use a tokenizer with a tokenizer.json or single turns"
             )
         return self._backends[False].encode(text, add_special_tokens=False).offsets
 

@@ -5,11 +5,15 @@ normalizes, splits and merges what stands between them, each piece by itself. So
 order, when each piece but the first begins with an added token that is found there whatever stands before it. What is
 between two tokens can still see whether it begins the text (Metaspace's `prepend_scheme: first`); it does in the first
 piece and nowhere else, cut or not.
+
+Text without control tokens may be cut between a letter and white space where a pre-tokenizer always parts there and
+sees no further back; the few patterns of which that is known are listed.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
@@ -22,6 +26,15 @@ if TYPE_CHECKING:
     from transformers import AddedToken, PreTrainedTokenizerBase
 
 Offsets = list[tuple[int, int]]
+
+# No alternative of these matches a letter and then white space, or looks back: each begins afresh at that place.
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PARTING_PATTERNS = {
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _WORDS % r"\p{N}{1,3}",  # Llama 3
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _WORDS % r"\p{N}",  # Qwen 2 and 3
+}
+WORD_END = re.compile(r"(?<=[A-Za-z])[ \n]")
+STRIDE_CHARS = 128
 
 
 class Encoder:
@@ -38,6 +51,7 @@ class Encoder:
         added = list(tokenizer.added_tokens_decoder.values())
         cuts = [token.content for token in added if token.special and _is_clean_cut(token, added)]
         self._cuts = alternatives(cuts) if self.is_fast else None
+        self._parts_words = self.is_fast and _parts_words(tokenizer, added)
         self._open()
 
     def _open(self) -> None:
@@ -63,18 +77,19 @@ class Encoder:
         Args:
             as_text: names of special tokens are spelled out like any other text.
         """
-        if as_text or self._cuts is None:
-            return self._encode(dict.fromkeys(texts), as_text)
-        pieces = {text: self.pieces(text) for text in texts}
+        pieces = {text: self.pieces(text, as_text) for text in texts}
         ids = self._encode(dict.fromkeys(chain.from_iterable(pieces.values())), as_text)
         return {text: list(chain.from_iterable([ids[part] for part in parts])) for text, parts in pieces.items()}
 
-    def pieces(self, text: str) -> list[str]:
-        """Where a text may be cut, special tokens found (see the module's docstring)."""
-        if self._cuts is None:
-            return [text]
-        starts = [match.start() for match in self._cuts.finditer(text, 1)]
-        return [text[start:end] for start, end in pairwise([0, *starts, len(text)])]
+    def pieces(self, text: str, as_text: bool) -> list[str]:
+        """The text, cut where it may be (see the module's docstring); a text that goes on as another is cut alike."""
+        starts = [0]
+        if as_text and self._parts_words:
+            while match := WORD_END.search(text, starts[-1] + STRIDE_CHARS):
+                starts.append(match.start())
+        elif not as_text and self._cuts is not None:
+            starts += [match.start() for match in self._cuts.finditer(text, 1)]
+        return [text[start:end] for start, end in pairwise([*starts, len(text)])]
 
     def _encode(self, distinct: Iterable[str], as_text: bool) -> dict[str, list[int]]:
         texts = list(distinct)
@@ -151,3 +166,28 @@ def _straddles(other: str, content: str) -> bool:
         return True
     ends = (other[start:] for start in range(1, len(other)))
     return any(end.startswith(content) or content.startswith(end) for end in ends)
+
+
+def _parts_words(tokenizer: Any, added: Sequence[AddedToken]) -> bool:
+    """Whether spelled-out text may be cut at each `WORD_END`: the pre-tokenizer parts there, nothing reaches across."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None or not (backend.normalizer is None or type(backend.normalizer).__name__ == "NFC"):
+        return False
+    if any(t.lstrip or t.rstrip or t.single_word or WORD_END.search(t.content) for t in added):
+        return False
+    config = json.loads(backend.pre_tokenizer.__getstate__())
+    steps = config["pretokenizers"] if config["type"] == "Sequence" else [config]
+    kinds = [_parting_step(step) for step in steps]
+    return None not in kinds and True in kinds
+
+
+def _parting_step(step: dict[str, Any]) -> bool | None:
+    """Whether a step of a pre-tokenizer parts words; None where it is not known to see no further than them."""
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(parts)}:
+            return parts
+        case {"type": "Digits"}:
+            return False
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return True if pattern in PARTING_PATTERNS else None
+    return None

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     Regex,
@@ -22,6 +22,7 @@ from tokenizers import (
 )
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data_utils import encoding
 from data_utils.encoding import Encoder
 from tests.tiny import CHATML, SPECIAL_TOKENS, TEXTS, tiny_tokenizer
 
@@ -50,6 +51,24 @@ def llama_3() -> Tokenizer:
     split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return trained(tokenizer, trainer)
+
+
+def qwen() -> Tokenizer:
+    tokenizer, trainer = bpe()
+    split = pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", "")), "isolated")
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return trained(tokenizer, trainer)
+
+
+def smollm() -> Tokenizer:
+    tokenizer, trainer = bpe()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return trained(tokenizer, trainer)
 
@@ -93,6 +112,8 @@ def trained(tokenizer: Tokenizer, trainer: trainers.Trainer) -> Tokenizer:
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": lambda: byte_level(add_prefix_space=False),
+    "smollm": smollm,
+    "qwen": qwen,
     "byte-level with a prefix space": lambda: byte_level(add_prefix_space=True),
     "llama 3": llama_3,
     "metaspace first": lambda: metaspace("first"),
@@ -130,7 +151,12 @@ atoms = st.one_of(
 texts = st.lists(atoms, max_size=14).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.fixture(autouse=True)
+def _short_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "STRIDE_CHARS", 2)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(KINDS)), st.booleans(), texts, st.booleans())
 def test_pieces_have_the_ids_of_the_whole(kind: str, adds_bos: bool, text: str, as_text: bool) -> None:
     tokenizer, encoder = make(kind, adds_bos)
@@ -140,10 +166,10 @@ def test_pieces_have_the_ids_of_the_whole(kind: str, adds_bos: bool, text: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_control_tokens_are_where_texts_are_cut(kind: str) -> None:
     _, encoder = make(kind, adds_bos=True)
-    assert encoder.pieces("<s>a<|im_end|>\n<|im_start|>b") == ["<s>a", "<|im_end|>\n", "<|im_start|>b"]
+    assert encoder.pieces("<s>a<|im_end|>\n<|im_start|>b", as_text=False) == ["<s>a", "<|im_end|>\n", "<|im_start|>b"]
 
 
-CONTENTS = ["<a>", "<a><b>", "b<a", "<a>b", "<b>", " <b>", "a<", "><", "<", "b"]
+CONTENTS = ["c a", "c", "<a><b>", "b<a", "<a>b", "<b>", " <b>", "a<", "><", "<", "b"]
 added_tokens = st.lists(
     st.builds(
         AddedToken,
@@ -156,18 +182,20 @@ added_tokens = st.lists(
     ),
     min_size=1,
     max_size=4,
+    unique_by=lambda token: token.content,
 )
 rough_texts = st.lists(st.sampled_from([*CONTENTS, "a", " ", "\n", "c"]), max_size=10).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(added_tokens, st.lists(rough_texts, min_size=1, max_size=4), st.sampled_from(["byte-level", "metaspace first"]))
 def test_quirky_added_tokens_do_not_matter(added: list[AddedToken], texts: list[str], kind: str) -> None:
     backend = Tokenizer.from_str(made(kind))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.add_tokens(added)
-    expected = {text: whole(tokenizer, text) for text in texts}
-    assert Encoder(tokenizer).encode(texts, as_text=False) == expected
+    expected = {as_text: {text: whole(tokenizer, text, as_text) for text in texts} for as_text in (False, True)}
+    encoder = Encoder(tokenizer)
+    assert {as_text: encoder.encode(texts, as_text) for as_text in expected} == expected
 
 
 @cache
@@ -177,9 +205,9 @@ def made(kind: str) -> str:
 
 def test_a_token_that_another_may_reach_into_is_no_place_to_cut() -> None:
     tokenizer = tiny_tokenizer()
-    assert Encoder(tokenizer).pieces("a<s>b</s>c") == ["a", "<s>b", "</s>c"]
+    assert Encoder(tokenizer).pieces("a<s>b</s>c", as_text=False) == ["a", "<s>b", "</s>c"]
     tokenizer.add_tokens([AddedToken("a<", normalized=False)])
-    assert Encoder(tokenizer).pieces("a<s>b</s>c") == ["a<s>b</s>c"]
+    assert Encoder(tokenizer).pieces("a<s>b</s>c", as_text=False) == ["a<s>b</s>c"]
 
 
 def test_cutting_and_padding_of_the_tokenizer_file_are_switched_off() -> None:
@@ -217,9 +245,16 @@ def test_offsets_are_those_of_the_whole_text_with_its_white_space(kind: str) -> 
     assert set(range(len(text))) == {place for start, end in offsets for place in range(start, end)}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_kinds_part_words(kind: str) -> None:
+    _, encoder = make(kind, adds_bos=False)
+    parts = ["Once", " upon", " a", " 12 cats"] if kind in ("byte-level", "smollm", "llama 3", "qwen") else None
+    assert encoder.pieces("Once upon a 12 cats", as_text=True) == (parts or ["Once upon a 12 cats"])
+
+
 def test_chatml_shares_what_lies_between_control_tokens() -> None:
     tokenizer = tiny_tokenizer(chat_template=CHATML)
     encoder = Encoder(tokenizer)
     texts = [f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n" for answer in ("Yes", "No")]
-    distinct = {piece for text in texts for piece in encoder.pieces(text)}
-    assert len(distinct) == 4 and sum(len(encoder.pieces(text)) for text in texts) == 8
+    distinct = {piece for text in texts for piece in encoder.pieces(text, as_text=False)}
+    assert len(distinct) == 4 and sum(len(encoder.pieces(text, as_text=False)) for text in texts) == 8

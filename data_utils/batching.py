@@ -8,7 +8,7 @@ from itertools import accumulate, chain
 
 import torch
 
-from data_utils.schema import Layout, PairBatch, PairColumns, TokenizedPair
+from data_utils.schema import Layout, PairBatch, PairColumns, Spans, TokenizedPair
 
 
 def collate(pairs: Sequence[TokenizedPair], layout: Layout, pad_token_id: int) -> PairBatch:
@@ -31,10 +31,14 @@ def collate(pairs: Sequence[TokenizedPair], layout: Layout, pad_token_id: int) -
         labels_N           [3, 4, 5]
         sequence_of_N      [0, 0, 1]
 
-    Both have sequence_lengths (4, 3) and response_lengths_S [2, 1].
+    Both have sequence_lengths (4, 3) and response_lengths_S [2, 1]. Of a response of several turns only the scored
+    spans count: with rejected [5, 6, 7] and rejected_scored ((0, 1), (2, 3)) the labels would be [3, 4, 5, 7].
     """
     prompts = [pair.prompt_ids for pair in pairs] * 2
     responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    spans = [_scored(pair.chosen_scored, pair.chosen_ids) for pair in pairs]
+    spans += [_scored(pair.rejected_scored, pair.rejected_ids) for pair in pairs]
+    num_scored = [sum(end - start for start, end in scored) for scored in spans]
     sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     lengths = tuple(map(len, sequences))
     if layout == "packed":
@@ -48,10 +52,10 @@ def collate(pairs: Sequence[TokenizedPair], layout: Layout, pad_token_id: int) -
         position_ids_RT=position_ids,
         attention_mask_RT=attention_mask,
         sequence_lengths=lengths,
-        score_positions_N=_score_positions(offsets, prompts, lengths),
-        labels_N=torch.tensor(list(chain.from_iterable(responses))),
-        sequence_of_N=torch.repeat_interleave(torch.tensor([len(response) for response in responses])),
-        response_lengths_S=torch.tensor([len(response) for response in responses], dtype=torch.float32),
+        score_positions_N=_score_positions(offsets, prompts, spans),
+        labels_N=_labels(responses, spans),
+        sequence_of_N=torch.repeat_interleave(torch.tensor(num_scored)),
+        response_lengths_S=torch.tensor(num_scored, dtype=torch.float32),
         **_columns([pair.columns for pair in pairs]),
         index_B=tuple(pair.index for pair in pairs),
         sources=tuple(pair.columns.source for pair in pairs),
@@ -77,10 +81,21 @@ def _padded_rows(
     return input_ids, places_T * is_real_RT, attention_mask
 
 
-def _score_positions(offsets: list[int], prompts: list[list[int]], lengths: Sequence[int]) -> torch.Tensor:
-    """(N,) the position before each response token: the last prompt token predicts the first one."""
-    spans = zip(offsets, prompts, lengths, strict=True)
-    return torch.cat([torch.arange(o + len(prompt) - 1, o + length - 1) for o, prompt, length in spans])
+def _scored(spans: Spans | None, response: list[int]) -> Spans:
+    return ((0, len(response)),) if spans is None else spans
+
+
+def _score_positions(offsets: list[int], prompts: list[list[int]], spans: list[Spans]) -> torch.Tensor:
+    """(N,) the position before each scored token: the last prompt token predicts the first one of the response."""
+    before = [offset + len(prompt) - 1 for offset, prompt in zip(offsets, prompts, strict=True)]
+    places = zip(before, spans, strict=True)
+    return torch.cat([torch.arange(o + start, o + end) for o, scored in places for start, end in scored])
+
+
+def _labels(responses: list[list[int]], spans: list[Spans]) -> torch.Tensor:
+    """(N,) the scored tokens."""
+    both = zip(responses, spans, strict=True)
+    return torch.tensor([id for response, scored in both for start, end in scored for id in response[start:end]])
 
 
 def _columns(columns: list[PairColumns]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,22 @@
-"""From a pair of texts to a pair of token ids, with one prompt for both sides."""
+"""From pairs of texts to pairs of token ids, with one prompt for both sides."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from data_utils.schema import DataError, Message, PreferencePair, RowError, TokenizedPair
+from data_utils.chat import ChatTemplate
+from data_utils.encoding import Encoder, Offsets
+from data_utils.schema import DataError, PreferencePair, RowError, Spans, TokenizedPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class PairTokenizer:
@@ -17,29 +24,36 @@ class PairTokenizer:
 
     The prompt ends where the ids of prompt, prompt + chosen and prompt + rejected part, so it is the same on both
     sides even where the tokenizer merges across the boundary. It is never truncated; each response keeps its first
-    `max_length - len(prompt_ids)` ids. A string that spells a control token, such as "</s>", never becomes one.
+    `max_length - len(prompt_ids)` ids. Of a response of several turns, the assistant's are scored. A string that
+    spells a control token, such as "</s>", never becomes one.
+
+    Several threads may use one object, and it can be pickled.
 
     Args:
-        tokenizer: a tokenizer with an EOS token, and with a chat template if the rows are messages. Copied, so
-            that several threads may use this object.
+        tokenizer: a tokenizer with an EOS token, and with a chat template if the rows are messages. Copied.
         max_length: tokens of prompt + response.
+
+    Raises:
+        DataError: the tokenizer has no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         eos_id, unk_id = tokenizer.eos_token_id, tokenizer.unk_token_id
         if eos_id is None:
             raise DataError("the tokenizer has no EOS token, so no response could end; set its eos_token")
-        # One copy per way of encoding: changing the way changes the tokenizer, under the feet of other threads.
-        self._tokenizer, self._text_tokenizer = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-        self._max_length = max_length
         assert isinstance(eos_id, int) and not isinstance(unk_id, str | list)
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._max_length = max_length
         self._eos_id = eos_id
-        controls = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._control_texts = tuple(controls)
-        self._control_ids = frozenset([*tokenizer.all_special_ids, *controls.values()])
+        controls = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control_ids = frozenset([*tokenizer.all_special_ids, *controls])
         # The unknown token is the one control token that text may give.
         self._never_in_text = self._control_ids - {unk_id}
-        self._prefix_ids = self._ids_before_text()
+        with_specials: list[int] = self._tokenizer("a")["input_ids"]
+        self._encoder = Encoder(self._tokenizer)
+        self._prefix_ids = _before(self._encoder.encode(["a"], as_text=False)["a"], with_specials)
+        self._chat = ChatTemplate(self._tokenizer)
+        self._blank: dict[int, bool] = {}
 
     def __call__(self, pair: PreferencePair, index: int) -> TokenizedPair:
         """Tokenize one pair.
@@ -50,86 +64,92 @@ class PairTokenizer:
         Raises:
             RowError: cause `empty_prompt`, `empty_response`, `identical`, `prompt_too_long`, `special_token_in_text`
                 or `template`.
-            DataError: the pair is messages and the tokenizer has no chat template.
+            DataError: the pair is messages and the tokenizer has no chat template; or a response has several turns
+                and the tokenizer does not tell where in the text its tokens lie.
         """
-        as_strings = isinstance(pair.prompt, str)
-        prompt, chosen, rejected = self._encode_strings(pair) if as_strings else self._encode_messages(pair)
-        shared = _common_prefix_length(prompt, chosen, rejected)
-        if not shared:
-            raise RowError(pair.where, "empty_prompt", "no token before the response to predict it from; add a prompt")
-        room = self._max_length - shared
-        if room < 1:
-            limit = f"{shared} tokens of prompt leave no room for a response within max_length {self._max_length}"
-            raise RowError(pair.where, "prompt_too_long", f"{limit}; raise it or drop the row")
-        chosen_ids, rejected_ids = chosen[shared:][:room], rejected[shared:][:room]
-        if not chosen_ids or not rejected_ids:
-            raise RowError(pair.where, "empty_response", "the chat template adds nothing for the response; check it")
-        if chosen_ids == rejected_ids:
-            message = f"chosen equals rejected in its first {len(chosen_ids)} tokens, all that max_length leaves"
-            raise RowError(pair.where, "identical", f"{message}; raise it or drop the row")
-        return TokenizedPair(prompt[:shared], chosen_ids, rejected_ids, pair.columns, pair.where, index)
+        (result,) = self.many([pair], [index])
+        if isinstance(result, RowError):
+            raise result
+        return result
 
     def many(self, pairs: Sequence[PreferencePair], indices: Sequence[int]) -> list[TokenizedPair | RowError]:
-        """Tokenize many pairs, each as `__call__` does; a pair that cannot be used gives its RowError."""
-        results: list[TokenizedPair | RowError] = []
-        for pair, index in zip(pairs, indices, strict=True):
-            try:
-                results.append(self(pair, index))
-            except RowError as error:
-                results.append(error)
-        return results
+        """Tokenize many pairs, each as `__call__` does but faster; a pair that cannot be used gives its RowError."""
+        texts = [_attempt(self._texts, pair) for pair in pairs]
+        ids: dict[bool, dict[str, list[int]]] = {}
+        for as_text in (False, True):
+            mine = (text for text in texts if isinstance(text, _Texts) and text.as_text == as_text)
+            ids[as_text] = self._encoder.encode((part for text in mine for part in text.parts), as_text)
+        return [
+            text if isinstance(text, RowError) else _attempt(self._pair, pair, index, text, ids[text.as_text])
+            for pair, index, text in zip(pairs, indices, texts, strict=True)
+        ]
 
-    def _encode_strings(self, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
-        """Ids of prompt, prompt + chosen + EOS and prompt + rejected + EOS."""
-        assert isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
+    def _texts(self, pair: PreferencePair) -> _Texts:
+        if not isinstance(pair.prompt, str):
+            rendered = self._chat(pair)
+            turns = rendered.chosen_turns, rendered.rejected_turns
+            return _Texts((rendered.prompt, rendered.chosen, rendered.rejected), as_text=False, turns=turns)
+        assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
         for response in (pair.chosen, pair.rejected):
             if not response.replace(str(self._tokenizer.eos_token), "").strip():
                 raise RowError(pair.where, "empty_response", "a response holds nothing but EOS; drop or fix the row")
-        prompt, chosen, rejected = self._encode(
-            [pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected], as_text=True
-        )
-        if not self._never_in_text.isdisjoint(chosen + rejected):
-            raise RowError(pair.where, "special_token_in_text", "a control token's name is in the text; drop the row")
-        before, after = self._prefix_ids, [self._eos_id]
-        return before + prompt, before + chosen + after, before + rejected + after
+        prompt = pair.prompt
+        return _Texts((prompt, prompt + pair.chosen, prompt + pair.rejected), as_text=True, turns=(None, None))
 
-    def _encode_messages(self, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
-        """Ids of the rendered prompt and of the two rendered conversations, each up to its end-of-turn token."""
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-        assert isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list)
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"{pair.where}: the row is messages, but the tokenizer has no chat template; "
-                "give it one or use rows of plain strings"
-            )
-        for message in prompt + chosen + rejected:
-            self._refuse_controls(message["content"], pair.where)
-        rendered = [
-            self._render(prompt, pair.where, add_generation_prompt=True),
-            self._render(prompt + chosen, pair.where),
-            self._render(prompt + rejected, pair.where),
+    def _pair(self, pair: PreferencePair, index: int, texts: _Texts, ids: dict[str, list[int]]) -> TokenizedPair:
+        """Put the ids together: split off the shared prompt, cut the responses to size, find what is scored."""
+        prompt, chosen, rejected = (ids[part] for part in texts.parts)
+        if texts.as_text:
+            if not (self._never_in_text.isdisjoint(chosen) and self._never_in_text.isdisjoint(rejected)):
+                message = "a control token's name is in the text; drop the row"
+                raise RowError(pair.where, "special_token_in_text", message)
+            before, after = self._prefix_ids, [self._eos_id]
+            prompt, chosen, rejected = before + prompt, before + chosen + after, before + rejected + after
+        else:
+            chosen, rejected = self._end(chosen), self._end(rejected)
+        shared = _common_prefix_length(prompt, chosen, rejected)
+        room = self._room(shared, pair.where)
+        chosen, rejected = chosen[shared:], rejected[shared:]
+        if not chosen or not rejected:
+            raise RowError(pair.where, "empty_response", "the chat template adds nothing for the response; check it")
+        if chosen[:room] == rejected[:room]:
+            num_ids = len(chosen[:room])
+            message = f"chosen equals rejected in its first {num_ids} tokens, all that max_length leaves"
+            raise RowError(pair.where, "identical", f"{message}; raise it or drop the row")
+        scored = [
+            None if turns is None else self._scored(text, turns, shared, len(response), room, pair.where)
+            for text, turns, response in zip(texts.parts[1:], texts.turns, (chosen, rejected), strict=True)
         ]
-        prompt_ids, chosen_ids, rejected_ids = self._encode(rendered, as_text=False)
-        return prompt_ids, self._end(chosen_ids), self._end(rejected_ids)
+        columns, where = pair.columns, pair.where
+        return TokenizedPair(prompt[:shared], chosen[:room], rejected[:room], columns, where, index, *scored)
 
-    def _render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
+    def _room(self, num_prompt_ids: int, where: str) -> int:
+        """How many tokens of a response `max_length` leaves after a prompt of so many."""
+        if not num_prompt_ids:
+            raise RowError(where, "empty_prompt", "no token before the response to predict it from; add a prompt")
+        room = self._max_length - num_prompt_ids
+        if room < 1:
+            limit = f"{num_prompt_ids} tokens of prompt leave no room for a response within max_length"
+            raise RowError(where, "prompt_too_long", f"{limit} {self._max_length}; raise it or drop the row")
+        return room
 
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise RowError(where, "template", f"the chat template refuses the messages ({reason})") from error
-        assert isinstance(text, str)
-        return text
+    def _scored(self, text: str, turns: Spans, shared: int, num_ids: int, room: int, where: str) -> Spans:
+        """Spans of a response's ids, cut to `room`, that hold the assistant's turns.
 
-    def _refuse_controls(self, content: str, where: str) -> None:
-        for text in self._control_texts:
-            if text in content:
-                message = f"a message holds {text!r}, which the chat template would turn into a control token"
-                raise RowError(where, "special_token_in_text", f"{message}; drop or change the row")
+        Args:
+            text: the conversation, and `turns` spans of its characters.
+            shared: ids of the prompt.
+            num_ids: ids of the whole response; the last turn reaches to its end, an EOS that we put there included.
+        """
+        spans = _token_spans(self._encoder.offsets(text), turns)
+        spans[-1] = spans[-1][0], shared + num_ids
+        kept = _clipped(spans, shared, room)
+        if kept:
+            return kept
+        if _clipped(spans, shared, num_ids):
+            message = f"max_length {self._max_length} cuts off everything that the assistant says in a response"
+            raise RowError(where, "prompt_too_long", f"{message}; raise it or drop the row")
+        raise RowError(where, "empty_response", "the chat template adds nothing for the response; check it")
 
     def _end(self, ids: list[int]) -> list[int]:
         """End in the template's own last control token, without the white space after it; in EOS if it has none."""
@@ -139,29 +159,56 @@ class PairTokenizer:
         return ids[:last] if last and ids[last - 1] in self._control_ids else [*ids, self._eos_id]
 
     def _is_blank(self, id: int) -> bool:
-        return not str(self._tokenizer.decode([id])).strip()
+        if id not in self._blank:
+            self._blank[id] = not str(self._tokenizer.decode([id])).strip()
+        return self._blank[id]
 
-    def _encode(self, texts: list[str], as_text: bool) -> list[list[int]]:
-        """Ids of each text, nothing added; `as_text`: names of control tokens are spelled out like any other text."""
-        tokenizer = self._text_tokenizer if as_text else self._tokenizer
-        return tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=as_text,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
 
-    def _ids_before_text(self) -> list[int]:
-        """What the tokenizer itself puts before a text: BOS, or nothing."""
-        with_specials: list[int] = self._tokenizer("a")["input_ids"]
-        (plain,) = self._encode(["a"], as_text=False)
-        starts = range(len(with_specials) - len(plain) + 1)
-        return next(with_specials[:start] for start in starts if with_specials[start:][: len(plain)] == plain)
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What has to be encoded for one pair.
+
+    Attributes:
+        parts: prompt, prompt + chosen, prompt + rejected.
+        as_text: whether names of control tokens are text.
+        turns: of a response of several turns, the assistant's, as characters of the last two parts.
+    """
+
+    parts: tuple[str, str, str]
+    as_text: bool
+    turns: tuple[Spans | None, Spans | None]
+
+
+def _attempt(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | RowError:
+    try:
+        return function(*args, **kwargs)
+    except RowError as error:
+        return error
+
+
+def _before(ids: list[int], with_specials: list[int]) -> list[int]:
+    """What stands before `ids` in `with_specials`: BOS, or nothing."""
+    starts = range(len(with_specials) - len(ids) + 1)
+    return next(with_specials[:start] for start in starts if with_specials[start:][: len(ids)] == ids)
 
 
 def _common_prefix_length(prompt: list[int], chosen: list[int], rejected: list[int]) -> int:
+    size = len(prompt)
+    if chosen[:size] == prompt == rejected[:size]:
+        return size
     ids = zip(prompt, chosen, rejected, strict=False)
-    shortest = min(len(prompt), len(chosen), len(rejected))
+    shortest = min(size, len(chosen), len(rejected))
     return next((place for place, (a, b, c) in enumerate(ids) if not a == b == c), shortest)
+
+
+def _token_spans(offsets: Offsets, spans: Spans) -> list[tuple[int, int]]:
+    """Spans of tokens that hold any character of the spans of characters: who spans a boundary belongs to the turn."""
+    starts = [start for start, _ in offsets]
+    ends = [max(end, start + 1) for start, end in offsets]
+    return [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
+
+
+def _clipped(spans: Sequence[tuple[int, int]], start: int, size: int) -> Spans:
+    """What of the spans lies within `size` places from `start`, counted from there; none of them empty."""
+    inside = ((max(first - start, 0), min(last - start, size)) for first, last in spans)
+    return tuple((first, last) for first, last in inside if first < last)

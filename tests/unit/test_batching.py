@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_utils.batching import collate, idle_batch, pack
-from data_utils.schema import Layout, PairColumns, TokenizedPair
+from data_utils.schema import Layout, PairColumns, Spans, TokenizedPair
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 NAN = float("nan")
@@ -64,6 +65,34 @@ def test_columns_and_counts_golden(layout: Layout) -> None:
     assert batch.num_slots == {"packed": 13, "padded": 16}[layout] and not batch.is_idle
 
 
+# Two assistant turns around a user's in the chosen response; only the end of the rejected one is scored.
+TURNS = [
+    replace(make_pair([1, 2], [3, 4, 90, 91, 5], [6, 7], index=0), chosen_scored=((0, 2), (4, 5))),
+    replace(make_pair([8], [9], [92, 93, 10, 11], index=1), rejected_scored=((2, 4),)),
+]
+
+
+def test_packed_golden_of_several_turns() -> None:
+    batch = collate(TURNS, "packed", pad_token_id=0)
+    check(batch.input_ids_RT, [[1, 2, 3, 4, 90, 91, 5, 8, 9, 1, 2, 6, 7, 8, 92, 93, 10, 11]])
+    check(batch.position_ids_RT, [[0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    check(batch.score_positions_N, [1, 2, 5, 7, 10, 11, 15, 16])
+    check(batch.labels_N, [3, 4, 5, 9, 6, 7, 10, 11])
+    check(batch.sequence_of_N, [0, 0, 0, 1, 2, 2, 3, 3])
+    check(batch.response_lengths_S, [3, 1, 2, 2], torch.float32)
+    assert batch.sequence_lengths == (7, 2, 4, 5)
+
+
+def test_padded_golden_of_several_turns() -> None:
+    batch = collate(TURNS, "padded", pad_token_id=0)
+    rows = [[1, 2, 3, 4, 90, 91, 5], [8, 9, 0, 0, 0, 0, 0], [1, 2, 6, 7, 0, 0, 0], [8, 92, 93, 10, 11, 0, 0]]
+    check(batch.input_ids_RT, rows)
+    check(batch.score_positions_N, [1, 2, 5, 7, 15, 16, 23, 24])
+    check(batch.labels_N, [3, 4, 5, 9, 6, 7, 10, 11])
+    check(batch.sequence_of_N, [0, 0, 0, 1, 2, 2, 3, 3])
+    check(batch.response_lengths_S, [3, 1, 2, 2], torch.float32)
+
+
 def test_docstring_example_holds() -> None:
     pair = make_pair([1, 2], [3, 4], [5])
     assert collate.__doc__ is not None
@@ -80,19 +109,39 @@ def test_rows_of_one_length_need_no_mask() -> None:
 
 
 ids = st.lists(st.integers(min_value=1, max_value=50), min_size=1, max_size=12)
-some_pairs = st.lists(st.builds(make_pair, ids, ids, ids), min_size=1, max_size=12)
+
+
+@st.composite
+def responses(draw: st.DrawFn) -> tuple[list[int], Spans | None]:
+    response = draw(ids)
+    bounds = sorted(draw(st.sets(st.integers(0, len(response)), min_size=2)))
+    spans = tuple(zip(bounds[::2], bounds[1::2], strict=False))
+    return response, draw(st.sampled_from([None, spans]))
+
+
+@st.composite
+def scored_pairs(draw: st.DrawFn) -> TokenizedPair:
+    (chosen, chosen_scored), (rejected, rejected_scored) = draw(responses()), draw(responses())
+    pair = make_pair(draw(ids), chosen, rejected)
+    return replace(pair, chosen_scored=chosen_scored, rejected_scored=rejected_scored)
+
+
+some_pairs = st.lists(scored_pairs(), min_size=1, max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(some_pairs, st.sampled_from(LAYOUTS))
 def test_each_score_position_holds_the_token_before_its_label(pairs: list[TokenizedPair], layout: Layout) -> None:
     batch = collate(pairs, layout, pad_token_id=0)
-    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    responses = [(pair.chosen_ids, pair.chosen_scored) for pair in pairs]
+    responses += [(pair.rejected_ids, pair.rejected_scored) for pair in pairs]
     flat = batch.input_ids_RT.flatten()
     assert torch.equal(flat[batch.score_positions_N + 1], batch.labels_N)
     assert bool((batch.score_positions_N.diff() > 0).all())
-    for sequence, response in enumerate(responses):
-        assert batch.labels_N[batch.sequence_of_N == sequence].tolist() == response
+    for sequence, (response, spans) in enumerate(responses):
+        scored = [id for start, end in spans or [(0, len(response))] for id in response[start:end]]
+        assert batch.labels_N[batch.sequence_of_N == sequence].tolist() == scored
+        assert batch.response_lengths_S[sequence] == len(scored)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,16 +45,31 @@ def hash_row(line: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class LineIndex:
-    """What must be known of a file to read its rows.
+class IndexPart:
+    """Records of dtype INDEX that lie in a file, of which they are a part; mapped, and pickled as their place.
 
     Attributes:
-        rows: (rows,) of dtype INDEX; may be mapped from a file.
-        sha256: of the file as it lies there (compressed, if it is).
+        path: the file.
+        first, size: records before the part, and in it.
+        time_ns: when the file was written, to tell it from another that takes its place.
     """
 
-    rows: np.ndarray
-    sha256: str
+    path: str
+    first: int
+    size: int
+    time_ns: int
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(size,) of dtype INDEX."""
+        return _mapped_index(self.path, self.time_ns)[self.first : self.first + self.size]
+
+
+@lru_cache(64)
+def _mapped_index(path: str, time_ns: int) -> np.ndarray:
+    if Path(path).stat().st_mtime_ns != time_ns:
+        raise DataError(f"{path}: written anew during the run; start again")
+    return np.memmap(path, dtype=INDEX, mode="r") if os.path.getsize(path) else np.empty(0, INDEX)
 
 
 class LineFile:
@@ -61,29 +77,25 @@ class LineFile:
 
     Args:
         path: the file.
-        index: from a manifest; None: made now, once per machine.
+        index, identity: from a manifest; None: made now, once per machine. The identity, which the fingerprint of the
+            data holds, is the SHA-256 of the file as it lies there.
         scratch: where unpacked text and a new index go.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
 
-    def __init__(self, path: str, scratch: Scratch, index: LineIndex | None = None) -> None:
+    def __init__(self, path: str, scratch: Scratch, index: IndexPart | None = None, identity: str = "") -> None:
         self.path = path
         self._scratch = scratch
         self._from_manifest = index is not None
-        self._index = index or _made_index(path, scratch)
+        self._index, self.identity = (index, identity) if index is not None else _made_index(path, scratch)
         self._text: str | None = None
-
-    @property
-    def identity(self) -> str:
-        """What the fingerprint of the data holds of this file."""
-        return self._index.sha256
 
     @property
     def num_rows(self) -> int:
         """Rows of the file."""
-        return len(self._index.rows)
+        return self._index.size
 
     def row_bytes(self, rows: np.ndarray) -> np.ndarray:
         """(n,) int64 bytes of each of the rows."""
@@ -119,7 +131,7 @@ class LineFile:
     def _changed(self, row: int) -> DataError:
         found = sha256_of(self.path)
         there = "manifest.json" if self._from_manifest else "its index at the start of the run"
-        hashes = f"sha256 {found[:16]} now, {self._index.sha256[:16]} in {there}"
+        hashes = f"sha256 {found[:16]} now, {self.identity[:16]} in {there}"
         return DataError(f"{self.where(row)}: the shard was changed ({hashes}); restore it or start a new run")
 
 
@@ -146,22 +158,30 @@ def make_indexes(paths: list[str], scratch: Scratch) -> None:
     scratch.make_all(by_name, lambda name, aside: _write_index(by_name[name], scratch, aside))
 
 
-def _made_index(path: str, scratch: Scratch) -> LineIndex:
+def _made_index(path: str, scratch: Scratch) -> tuple[IndexPart, str]:
     folder = scratch.make(entry_name("index", path), partial(_write_index, path, scratch))
-    return LineIndex(np.load(folder / "rows.npy", mmap_mode="r"), (folder / "sha256").read_text())
+    rows = folder / "rows"
+    status = rows.stat()
+    part = IndexPart(str(rows), 0, status.st_size // INDEX.itemsize, status.st_mtime_ns)
+    return part, (folder / "sha256").read_text()
 
 
 def _write_index(path: str, scratch: Scratch, aside: Path) -> None:
-    index = index_text(path, plain_text(path, scratch))
+    rows, sha256 = index_text(path, plain_text(path, scratch))
     aside.mkdir()
-    np.save(aside / "rows.npy", index.rows)
-    (aside / "sha256").write_text(index.sha256)
+    rows.tofile(aside / "rows")
+    (aside / "sha256").write_text(sha256)
 
 
-def index_text(path: str, text: str, on_row: Callable[[bytes, str], None] = lambda line, where: None) -> LineIndex:
+def index_text(
+    path: str, text: str, on_row: Callable[[bytes, str], None] = lambda line, where: None
+) -> tuple[np.ndarray, str]:
     """Index a shard by one pass over its plain text; `on_row` sees every row with its "file:line".
 
     Lines that hold only white space are no rows; a byte order mark is left out.
+
+    Returns:
+        (rows,) of dtype INDEX, and the SHA-256 of the shard as it lies there.
 
     Raises:
         DataError: a line is too long.
@@ -190,7 +210,7 @@ def index_text(path: str, text: str, on_row: Callable[[bytes, str], None] = lamb
     rows = np.empty(len(starts), INDEX)
     for name, column in zip(("start", "hash", "bytes", "line"), columns, strict=True):
         rows[name] = np.frombuffer(column, dtype=column.typecode)
-    return LineIndex(rows, digest.hexdigest() if text == path else sha256_of(path))
+    return rows, digest.hexdigest() if text == path else sha256_of(path)
 
 
 def sha256_of(path: str) -> str:

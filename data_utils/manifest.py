@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_utils.line_files import INDEX
+from data_utils.line_files import INDEX, IndexPart
 from data_utils.schema import DataError
 from data_utils.table_files import Group
 
@@ -60,13 +60,13 @@ class Manifest:
     Attributes:
         folder: where it lies, and what its paths are relative to.
         shards: the files, in order.
-        index: of each file, (rows,) of dtype INDEX, mapped. Rows of a table have a size only.
+        index: of each file. Rows of a table have a size only.
         repeats: pairs of checked files that repeat an earlier one.
     """
 
     folder: str
     shards: tuple[Shard, ...]
-    index: tuple[np.ndarray, ...]
+    index: tuple[IndexPart, ...]
     repeats: int
 
 
@@ -92,19 +92,21 @@ def read_manifest(path: str) -> Manifest:
         raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); {remedy}") from error
     for shard in shards:
         _check_path(path, file.parent, shard.path)
-    return Manifest(str(file.parent), shards, _mapped_index(file, shards, remedy), repeats)
+    return Manifest(str(file.parent), shards, _index_parts(file, shards, remedy), repeats)
 
 
-def _mapped_index(file: Path, shards: Sequence[Shard], remedy: str) -> tuple[np.ndarray, ...]:
+def _index_parts(file: Path, shards: Sequence[Shard], remedy: str) -> tuple[IndexPart, ...]:
     num_rows = sum(shard.rows for shard in shards)
     rows = file.with_name(ROWS_NAME)
     found = rows.stat().st_size if rows.is_file() else 0
     if found != num_rows * INDEX.itemsize:
         sizes = f"{found:,} bytes, where {num_rows:,} rows need {num_rows * INDEX.itemsize:,}"
         raise DataError(f"{rows}: {sizes}; {remedy}")
-    index = np.memmap(rows, dtype=INDEX, mode="r") if num_rows else np.empty(0, INDEX)
+    time_ns = rows.stat().st_mtime_ns if num_rows else 0
     ends = list(accumulate(shard.rows for shard in shards))
-    return tuple(index[end - shard.rows : end] for shard, end in zip(shards, ends, strict=True))
+    return tuple(
+        IndexPart(str(rows), end - shard.rows, shard.rows, time_ns) for shard, end in zip(shards, ends, strict=True)
+    )
 
 
 def _shard(entry: dict[str, Any]) -> Shard:

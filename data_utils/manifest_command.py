@@ -127,12 +127,14 @@ def _describe_lines(name: str, path: str, check: bool, scratch: Scratch) -> tupl
     rows = _Rows()
     text = plain_text(path, scratch)
     if check:
-        index = index_text(path, text, lambda line, where: rows.look_at(partial(parse_json, line, where), where))
+        index, sha256 = index_text(
+            path, text, lambda line, where: rows.look_at(partial(parse_json, line, where), where)
+        )
     else:
-        index = index_text(path, text)
-    size, sha256 = os.path.getsize(path), index.sha256
-    shard = Shard(name, len(index.rows), size, sha256, sha256, (), check, dict(rows.bad), rows.first_bad)
-    return shard, index.rows, rows.hashes
+        index, sha256 = index_text(path, text)
+    size = os.path.getsize(path)
+    shard = Shard(name, len(index), size, sha256, sha256, (), check, dict(rows.bad), rows.first_bad)
+    return shard, index, rows.hashes
 
 
 def _describe_table(name: str, path: str, check: bool, scratch: Scratch) -> tuple[Shard, np.ndarray, np.ndarray]:

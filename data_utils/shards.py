@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from data_utils.formats import near_misses, num_pairs, parse_row
-from data_utils.line_files import LineFile, LineIndex, make_indexes
+from data_utils.line_files import LineFile, make_indexes
 from data_utils.manifest import fingerprint
 from data_utils.mixture import Part
 from data_utils.schema import DataError, PreferencePair, RowError
@@ -211,8 +211,8 @@ def _open(item: Found, scratch: Scratch, known: KnownHashes | None) -> ShardFile
     if shard is None or index is None:
         return LineFile(item.path, scratch) if item.is_lines else TableFile(item.path, scratch, known=known)
     if item.is_lines:
-        return LineFile(item.path, scratch, LineIndex(index, shard.sha256))
-    return TableFile(item.path, scratch, shard.groups, shard.identity, index["bytes"])
+        return LineFile(item.path, scratch, index, shard.identity)
+    return TableFile(item.path, scratch, shard.groups, shard.identity, index)
 
 
 def _row_starts(file: ShardFile, source: SourceSpec) -> np.ndarray | None:

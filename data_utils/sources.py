@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-import numpy as np
-
 from data_utils import line_files, manifest, stores, table_files
+from data_utils.line_files import IndexPart
 from data_utils.manifest import Shard, read_manifest
 from data_utils.ranked import Ranked
 from data_utils.schema import DataError
@@ -59,7 +58,7 @@ class Found:
     name: str
     source: int
     shard: Shard | None = None
-    index: np.ndarray | None = None
+    index: IndexPart | None = None
     repeats: int = 0
 
     @property

@@ -1,4 +1,5 @@
-"""Where shards lie: on a disk of this machine, or in an object store that fsspec reaches.
+"""Where shards lie: on a disk of this machine, or in an object store that fsspec reaches. Requests to a store are
+repeated for a few seconds; `StepReader` is more patient with both.
 
 `hf://owner/name/...` is a data set of the hub, read through huggingface_hub; `s3://`, `gs://` and their like need
 fsspec's own packages (s3fs, gcsfs, adlfs).
@@ -36,12 +37,11 @@ def check_scheme(path: str) -> None:
 
 def size_of(path: str) -> int:
     """Bytes of a file. Raises OSError."""
-    return _retried(lambda: int(_remote(path).size(_inside(path))) if is_url(path) else os.path.getsize(path))
+    return _retried(lambda: int(_remote(path).size(_inside(path)))) if is_url(path) else os.path.getsize(path)
 
 
 def read_range(path: str, start: int, num_bytes: int) -> bytes:
-    """`num_bytes` bytes from `start` on, or fewer at the end of the file; of a local file at the first try, since
-    `StepReader` tries again. Raises OSError."""
+    """`num_bytes` bytes from `start` on, or fewer at the end of the file. Raises OSError."""
 
     def read() -> bytes:
         if is_url(path):
@@ -55,7 +55,7 @@ def read_range(path: str, start: int, num_bytes: int) -> bytes:
 
 def open_file(path: str) -> BinaryIO:
     """A file, open for reading from its start. Raises OSError."""
-    return _retried(lambda: _remote(path).open(_inside(path), "rb") if is_url(path) else open(path, "rb"))
+    return _retried(lambda: _remote(path).open(_inside(path), "rb")) if is_url(path) else open(path, "rb")
 
 
 def exists(path: str) -> bool:
@@ -107,12 +107,12 @@ def _outside(scheme: str, path: str) -> str:
 
 
 def _retried(action: Callable[[], Result]) -> Result:
-    """The result of a read that may fail in passing: a network file system, an object store, a shard being moved."""
+    """The result of a request that may fail in passing."""
     for seconds in _RETRY_AFTER_S:
         try:
             return action()
         except OSError as error:
-            if isinstance(error, IsADirectoryError | PermissionError):
+            if isinstance(error, IsADirectoryError | PermissionError | FileNotFoundError):
                 raise
             time.sleep(seconds)
     return action()

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data_utils import stores
 from data_utils.formats import missing_columns, wanted_columns
-from data_utils.line_files import entry_name
+from data_utils.line_files import IndexPart, entry_name
 from data_utils.schema import DataError, RowError
 from data_utils.scratch import Scratch
 
@@ -67,7 +67,7 @@ class TableFile:
     Args:
         path: the file.
         scratch: where unpacked groups go.
-        groups, identity, sizes: from a manifest; None: the file is opened to see, and groups are read for row sizes.
+        groups, identity, index: from a manifest; None: the file is opened to see, and groups are read for row sizes.
         known: keeps hashes of groups where there is no manifest.
 
     Raises:
@@ -80,11 +80,11 @@ class TableFile:
         scratch: Scratch,
         groups: Sequence[Group] | None = None,
         identity: str = "",
-        sizes: np.ndarray | None = None,
+        index: IndexPart | None = None,
         known: KnownHashes | None = None,
     ) -> None:
         self.path = path
-        self._scratch, self._known, self._sizes = scratch, known, sizes
+        self._scratch, self._known, self._index = scratch, known, index
         self._reader: _Reader | None = None
         if groups is None:
             groups = [Group(num_rows) for num_rows in self._open().group_rows]
@@ -116,8 +116,8 @@ class TableFile:
 
     def row_bytes(self, rows: np.ndarray) -> np.ndarray:
         """(n,) int64 bytes of text in each of the rows."""
-        if self._sizes is not None:
-            return self._sizes[rows].astype(np.int64)
+        if self._index is not None:
+            return self._index.rows["bytes"][rows].astype(np.int64)
         rows = np.asarray(rows)
         sizes = np.empty(len(rows), np.int64)
         groups = np.searchsorted(self._starts, rows, side="right") - 1
@@ -174,7 +174,7 @@ class TableFile:
                 raise DataError(f"{self.path}: the shard was changed (other rows than recorded); restore it")
             return reader.read(group, wanted_columns(reader.names))
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, OSError) and error.errno is not None:  # of the system: the content was not even read
                 raise
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.path}: group {group} is corrupt ({reason}); fetch the file again") from error
@@ -185,7 +185,7 @@ class TableFile:
             try:
                 reader = _ParquetReader(self.path) if kind == "Parquet" else _ArrowReader(self.path, self._scratch)
             except (pa.ArrowException, OSError, struct.error) as error:
-                if isinstance(error, FileNotFoundError):
+                if isinstance(error, OSError) and error.errno is not None:
                     raise
                 reason = " ".join(str(error).split())[:200]
                 message = f"{self.path}: truncated or corrupt {kind} ({reason}); fetch the file again"

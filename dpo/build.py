@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, islice
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_utils.loader import judge_counts
 from data_utils.record import DataRecord
 from data_utils.repeats import num_repeats, pair_hash
-from data_utils.schema import DataError, Layout, RowError
+from data_utils.schema import DataError, Layout, PairBatch, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
-from dpo.policy import Pretrained, add_lora, can_pack
+from dpo.engine import Engine, Scorer
+from dpo.gates import require_scoring, scoring_gap
+from dpo.policy import Pretrained, add_lora, can_pack, evaluating
 from dpo.world import World
+
+logger = logging.getLogger("dpo")
 
 CHECKED_PER_RANK = 50_000
 """Rows that a rank parses before the model is loaded (a second or two)."""
@@ -83,6 +89,12 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
 
 
+def max_length(config: Config, source: Pretrained) -> int:
+    """Longest sequence in tokens: `data.max_length`, or what the model has positions for."""
+    positions = source.max_positions
+    return config.data.max_length if positions is None else min(config.data.max_length, positions)
+
+
 def choose_layout(config: Config, source: Pretrained) -> tuple[Layout, str]:
     """`batch.layout` with auto decided by the model, and why; also refuses LoRA targets and heads.
 
@@ -104,6 +116,30 @@ def choose_layout(config: Config, source: Pretrained) -> tuple[Layout, str]:
     return ("packed", "no padding") if packs else ("padded", "the model's layers cannot keep packed rows apart")
 
 
+def settle_layout(config: Config, source: Pretrained, engine: Engine, dtype: torch.dtype, world: World) -> str:
+    """Hold our scoring against the model's own logits; with `batch.layout=auto` the engine falls back to padded rows
+    where packed ones are wrong. Returns why it did, or nothing.
+
+    Raises:
+        GateError: we do not score as the model does.
+    """
+
+    def gap() -> float:
+        return max(world.gather_objects(scoring_gap(engine, source.text_config.vocab_size, world.device)))
+
+    layout = engine.policy.layout
+    try:
+        require_scoring(gap(), dtype, config.model.path, layout)
+    except ConfigError as error:
+        if layout == "padded" or config.batch.layout != "auto":
+            raise
+        logger.warning("packed rows: %s", error)
+        engine.policy.use_layout("padded")
+        require_scoring(gap(), dtype, config.model.path, "padded")
+        return "packed rows did not give the model's own log-probs"
+    return ""
+
+
 def _check_head(config: Config, model: PreTrainedModel) -> None:
     if config.lora.r:
         with torch.device("meta"):
@@ -116,3 +152,35 @@ def _check_head(config: Config, model: PreTrainedModel) -> None:
     raise ConfigError(
         f"model.path={config.model.path}: its output head is a {type(head).__name__}, not a plain nn.Linear"
     )
+
+
+def open_reference(config: Config, source: Pretrained) -> Pretrained:
+    """The model that serves as the reference: `reference.path`, or the policy's own starting weights.
+
+    Raises:
+        ConfigError: `reference.path` is no model.
+    """
+    if config.reference.path is None:
+        return source
+    model = config.model
+    return Pretrained.open(config.reference.path, model.attn_implementation, model.trust_remote_code, "reference.path")
+
+
+def open_scorer(config: Config, source: Pretrained, engine: Engine) -> Callable[[], Scorer]:
+    """What makes the live reference that the config asks for; every rank calls it at the same moment.
+
+    Args:
+        source: what `open_reference` gave.
+    """
+    if config.reference_source == "adapter_off":
+        return lambda: _adapter_off(engine)
+    return lambda: engine.frozen_scorer(source, config.reference.offload)
+
+
+def _adapter_off(engine: Engine) -> Scorer:
+    def score(batch: PairBatch) -> Tensor:
+        with evaluating(engine.policy), engine.policy.adapter_off():
+            logps_S, _ = engine.forward(batch)
+        return logps_S
+
+    return score

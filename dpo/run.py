@@ -21,23 +21,33 @@ from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
-from dpo.build import choose_layout, open_shards, open_tokenizer
+from dpo.build import (
+    choose_layout,
+    max_length,
+    open_reference,
+    open_scorer,
+    open_shards,
+    open_tokenizer,
+    settle_layout,
+)
 from dpo.checkpoint import TrainerState
 from dpo.config import Config, ConfigError
 from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
 from dpo.evaluate import Evaluator
 from dpo.export import export
-from dpo.gates import require_scoring, require_step0, scoring_gap, step0_gap
+from dpo.gates import require_step0, step0_gap
+from dpo.identity import making_facts
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, means, peak_flops
 from dpo.objective import Objective
 from dpo.plan import learning_rate, make_plan
 from dpo.policy import Pretrained, Sizes
-from dpo.reference import Reference, build_reference, open_reference
+from dpo.reference import Reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
 from dpo.steps import FILLER_ID, AgreedStep, agree
+from dpo.stored import StoredReference, open_store
 from dpo.terminal import Terminal, count, duration
 from dpo.world import World
 
@@ -88,8 +98,9 @@ class Run:
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
         self.engine: Engine = build_engine(build)
-        self._check_scoring()
-        self.reference: Reference = build_reference(config, reference_source, self.engine)
+        if why := settle_layout(config, self.source, self.engine, self.dtype, world):
+            self.layout, self._why_layout = self.engine.policy.layout, why
+        self.reference = self._reference(reference_source)
         self.loader = self._loader(self.shards, self.order, config.data.num_workers)
         self.evaluator = None if held_out is None else self._evaluator(held_out)
         self._sizes = Sizes.of(self.engine.policy)
@@ -100,24 +111,28 @@ class Run:
         self._skipped: list[RowError] = []
         self._num_skipped = 0  # by all ranks of this process
         self._unread: set[str] = set()
+        self._logged_forwards = 0
         self._saved: int | None = None
 
     # ---- building
 
-    def _check_scoring(self) -> None:
-        """Hold our scoring against the model's own logits; `auto` falls back to padded rows when packing is wrong."""
-        vocabulary = self.source.text_config.vocab_size
-        gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
-        try:
-            require_scoring(gap, self.dtype, self.config.model.path, self.layout)
-        except ConfigError as error:
-            if self.layout == "padded" or self.config.batch.layout != "auto":
-                raise
-            logger.warning("packed rows: %s", error)
-            self.layout, self._why_layout = "padded", "packed rows did not give the model's own log-probs"
-            self.engine.policy.use_layout("padded")
-            gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
-            require_scoring(gap, self.dtype, self.config.model.path, self.layout)
+    def _reference(self, source: Pretrained) -> Reference:
+        config = self.config
+        scorer = open_scorer(config, source, self.engine)
+        if config.reference.mode != "stored":
+            return Reference(scorer())
+        making = making_facts(self.tokenizer, max_length(config, self.source))
+        opened = open_store(config, source, making, self.dtype, self.world, self.terminal.say)
+        return StoredReference(
+            scorer,
+            opened,
+            self.world,
+            layout=self.layout,
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            dtype=self.dtype,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            say=self.terminal.say,
+        )
 
     def _worst(self, gap: float) -> float:
         return max(self.world.gather_objects(gap))
@@ -128,9 +143,7 @@ class Run:
             self._pair_tokenizer()(self.shards.pair(0), 0)
 
     def _pair_tokenizer(self) -> PairTokenizer:
-        positions = self.source.max_positions
-        max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
-        return PairTokenizer(self.tokenizer, max_length)
+        return PairTokenizer(self.tokenizer, max_length(self.config, self.source))
 
     def _loader(self, shards: ShardSet, order: Order, num_workers: int = 0) -> StepLoader:
         return StepLoader(
@@ -159,7 +172,8 @@ class Run:
         return [error for share in self.world.gather_objects(list(skipped)) for error in share]
 
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
-        return agree(loader.steps(first, last), self.world, self.stop, self.layout)
+        steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
+        return map(self.reference.complete, steps)
 
     # ---- starting
 
@@ -226,6 +240,7 @@ class Run:
         except ValueError:
             if done > first:
                 self.save(done)
+            self.reference.close()
             raise
 
     def _watch_data(self, step: AgreedStep, first: int) -> None:
@@ -248,7 +263,8 @@ class Run:
             return
         (step,) = self._agreed(self.loader, 0, 1)
         batch = step.micro_batches[0].to(self.world.device)
-        require_step0(self._worst(step0_gap(self.engine, self.reference, batch)), self.dtype)
+        gap = self._worst(step0_gap(self.engine, self.reference, batch))
+        require_step0(gap, self.dtype, self.reference.remedy)
 
     def _say_hello(self, first: int) -> None:
         sizes = self._sizes
@@ -259,8 +275,7 @@ class Run:
                     "torch.", ""
                 ),
                 "trains": f"{count(sizes.trained)} ({sizes.trained / sizes.all:.2%}), {self._trained}",
-                "reference": self.config.reference_source
-                + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
+                "reference": self._where_reference(),
                 "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
                 "layout": f"{self.layout} ({self._why_layout})",
                 "pairs": f"{plan.pairs_per_epoch} for training",
@@ -268,6 +283,14 @@ class Run:
                 "run": str(self.log.directory),
             }
         )
+
+    def _where_reference(self) -> str:
+        path, source = self.config.reference.path, self.config.reference_source
+        text = source + (f" of {path}" if path else "")
+        if isinstance(self.reference, StoredReference):
+            store = self.reference.store
+            return f"{len(store):,} stored pairs of {store.folder}; {text} for others"
+        return text
 
     # ---- between steps
 
@@ -307,7 +330,10 @@ class Run:
         self.log.ledger(step.number + 1, pairs, skipped)
 
     def _write_metrics(self, done: int, result: StepResult) -> None:
-        sums, num_pairs, extras = self.tally.reduce(self.throughput.extras())
+        forwards = self.reference.num_forwards - self._logged_forwards
+        self._logged_forwards = self.reference.num_forwards
+        sums, num_pairs, extras = self.tally.reduce([*self.throughput.extras(), forwards])
+        *extras, reference_forwards = extras
         grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
         rate = self.learning_rate(done - 1)
         row = {"step": done, "epoch": done / self.plan.steps_per_epoch}
@@ -315,6 +341,7 @@ class Run:
         row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
         row |= {"pairs_seen": self.totals.pairs_seen, **self.throughput.metrics(extras, num_pairs)}
         row |= {"skipped_steps": round(skipped), "skipped_rows": self.totals.rows_skipped}
+        row |= {"reference_forwards": round(reference_forwards)}
         self.log.metrics(row)
         self.log.status("running", done)
         self.terminal.log(row, self.plan.num_steps, self.config.batch.pairs_per_step)
@@ -375,6 +402,7 @@ class Run:
         self.save(done)
         reasons = self.world.gather_objects(self.stop.reason if self.stop.is_requested else None)
         reason = next(reason for reason in reasons if reason is not None)
+        self.reference.close()
         self.log.status("stopped", done, 75, reason)
         self.terminal.say(f"stopped at step {done} of {self.plan.num_steps} ({reason}); the same command resumes")
 
@@ -394,8 +422,10 @@ class Run:
                 "steps": steps,
                 "pairs": self.totals.pairs_seen,
                 "seconds": seconds,
+                "reference_forwards": sum(count for (count,) in self.world.exchange([self.reference.num_forwards])),
             }
         )
+        self.reference.close()
         self.log.status("finished", steps, 0)
         if after:
             self.terminal.before_after(self.totals.eval_before, after)

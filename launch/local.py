@@ -190,7 +190,9 @@ def explain(rank: Rank, command: list[str], num_ranks: int) -> None:
     if code in (UNEXPECTED, CONFIG, CHECKPOINT, PEER):
         return  # the rank has said so itself
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    again = shlex.join(["launch/local.sh", "-n", str(num_ranks), *command[2:]])
+    is_trainer = command[1].endswith("train_dpo.py")
+    start_again = ["launch/local.sh", "-n", str(num_ranks)] if is_trainer else ["python", "launch/local.py", "-n"]
+    again = shlex.join([*start_again, *command[2:]] if is_trainer else [*start_again, str(num_ranks), *command[1:]])
     print(
         f"error: rank {rank.number} on {socket.gethostname()} {how}, and the other ranks with it; to resume: {again}",
         file=sys.stderr,

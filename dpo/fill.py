@@ -146,6 +146,7 @@ def _fill_all(
     total, before = sum(part.num_steps for part in parts), 0
     terminal.say(f"reference  {len(reference.store):,} pairs in {reference.store.folder}; looking up {total:,} steps")
     terminal.start(0, total)
+    num_pairs = 0
     try:
         for part in parts:
             skipped: list[RowError] = []
@@ -155,7 +156,8 @@ def _fill_all(
                 if step.stop:
                     return False
                 skipped += step.skipped
-                _show(terminal, before + step.number + 1, total, len(reference.store))
+                num_pairs += step.num_pairs
+                _show(terminal, before + step.number + 1, total, num_pairs)
             everyones = [error for share in world.gather_objects(skipped) for error in share]
             judge_skipped(everyones, len(part.shards), config.data.max_bad_fraction)
             before += part.num_steps
@@ -184,6 +186,6 @@ def _loader(
 
 def _show(terminal: Terminal, done: int, total: int, num_pairs: int) -> None:
     """The live bar, or ten lines in a file."""
-    terminal.advance(done, f"{num_pairs:,} pairs stored")
+    terminal.advance(done, f"{num_pairs:,} pairs")
     if not terminal.console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
-        terminal.say(f"reference  {done:,} of {total:,} steps, {num_pairs:,} pairs stored")
+        terminal.say(f"reference  {done:,} of {total:,} steps, {num_pairs:,} pairs")

@@ -157,7 +157,6 @@ class ReferenceSection:
     ~/.cache/dpo/reference."""
 
     def __post_init__(self) -> None:
-        require(self.store != "", "reference.store is empty: name a folder, or drop it")
         if self.mode != "stored":
             unchanged(self, "reference", ("store",), f"reference.mode={self.mode}", "--reference.mode stored")
         if self.mode == "adapter_off":

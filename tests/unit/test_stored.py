@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from dpo.engine import SingleEngine
 from dpo.policy import Pretrained, frozen_policy
 from dpo.store import SUFFIX, Store
 from dpo.store_blocks import decode, encode, pair_key
-from tests.tiny import CHATML_WITH_BOS, tiny_model, tiny_pairs, tiny_tokenizer
+from tests.tiny import CHATML, CHATML_WITH_BOS, tiny_model, tiny_pairs, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -208,22 +209,14 @@ def test_stale_numbers_are_not_found_and_it_says_why(
         flags["data__train"], flags["data__on_bad_row"] = f"{folder}/train.jsonl", "skip"
         flags["data__max_bad_fraction"] = "0.9"
     elif change == "tokenizer":
-        tiny_tokenizer(vocab_size=300, chat_template=AutoTokenizer.from_pretrained(folder / "model").chat_template)
-        tokenizer = tiny_tokenizer(vocab_size=300)
-        tokenizer.chat_template = AutoTokenizer.from_pretrained(folder / "model").chat_template
-        tokenizer.save_pretrained(folder / "model")
+        tiny_tokenizer(vocab_size=300, chat_template=CHATML).save_pretrained(folder / "model")
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         tokenizer.chat_template = CHATML_WITH_BOS
         tokenizer.save_pretrained(folder / "model")
     rows = train(folder, "after", **flags)
     assert sum(forwards(rows)) > 0
-    out = capsys.readouterr().out
-    assert why in out
-    if change == "weights":
-        assert "sha " + json.loads((folders(folder)[0] / "about.json").read_text())["facts"]["weights"][:8] in out or (
-            "sha " + json.loads((folders(folder)[1] / "about.json").read_text())["facts"]["weights"][:8] in out
-        )
+    assert why in capsys.readouterr().out
 
 
 def change_last_byte(path: Path) -> None:
@@ -308,7 +301,7 @@ def test_a_full_disk_costs_the_store_and_not_the_run(
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {folder}/store/")
 
 
-def test_filling_stops_on_request_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_filling_again_computes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*flags_of(folder, {}), "--run.dir", f"{folder}/none"]
     assert reference.main(argv) == 0
     capsys.readouterr()
@@ -334,7 +327,8 @@ def test_help_says_what_the_command_and_the_keys_do(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_a_fill_that_was_killed_is_reused(folder: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_fill_that_was_killed_or_stopped_is_reused(folder: Path, number: signal.Signals, code: int) -> None:
     tiny_pairs(folder / "many.jsonl", 3000)
     flags = {"--data.train": f"{folder}/many.jsonl", "--batch.pairs_per_step": "8", "--parallel.device": "cpu"}
     command = [sys.executable, "-m", "dpo.reference", *flags_of(folder, flags), "--run.dir", f"{folder}/none"]
@@ -344,8 +338,8 @@ def test_a_fill_that_was_killed_is_reused(folder: Path) -> None:
     while not [path for path in (folder / "store").glob(f"*/*{SUFFIX}") if path.stat().st_size > 0]:
         assert process.poll() is None and time.monotonic() < deadline, "the fill did not get going"
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
     (home,) = folders(folder)
     found = len(Store(home))
     assert found >= 256

@@ -48,19 +48,32 @@ TWO_RANKS = {
 }
 STORED_ONE_RANK = {"stored": [], "stored_padded": ["--batch.layout", "padded", *SPLIT]}
 STORED_TWO_RANKS = {"stored_fsdp2": [*FSDP2, *SPLIT], "stored_zero2": deepspeed(2), "stored_zero3": deepspeed(3)}
-STORED = [f"{name}_{state}" for name in [*STORED_ONE_RANK, *STORED_TWO_RANKS] for state in ("cold", "warm")]
+STATES = ("cold", "warm", "gap")
+STORED = [f"{name}_{state}" for name in [*STORED_ONE_RANK, *STORED_TWO_RANKS] for state in STATES]
 MEMBERS = [*ONE_RANK, *TWO_RANKS, *STORED]
 
 
 def stored(lab: Lab, kind: str, name: str, *flags: str) -> list[list[str]]:
-    """Two members: one that finds its store empty, and one that finds in it what the first has computed."""
-    store = ["--reference.mode", "stored", "--reference.store", str(lab.folder / f"store-{kind}-{name}")]
-    return [lab.command(f"{kind}-{name}_{state}", *flags, *store) for state in ("cold", "warm")]
+    """Members that find their store empty, and full; and one whose store lacks two pairs, so that in the middle of
+    training one rank or both need the reference for the first time."""
+    stores = {"cold": "whole", "warm": "whole", "less": "gap", "gap": "gap"}
+    commands = {
+        state: lab.command(
+            *(f"{kind}-{name}_{state}", *flags, "--reference.mode", "stored"),
+            *("--reference.store", str(lab.folder / f"store-{kind}-{name}-{store}")),
+        )
+        for state, store in stores.items()
+    }
+    less = commands["less"]
+    less[less.index("--data.train") + 1] = str(lab.folder / "less.jsonl")
+    return list(commands.values())
 
 
 @pytest.fixture(scope="module")
 def trained(lab: Lab) -> Lab:
     """All members of both classes, trained."""
+    lines = (lab.folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (lab.folder / "less.jsonl").write_text("".join(lines[:-2]))
     for num_ranks, members, with_store in (
         (1, {"single": []} | ONE_RANK, STORED_ONE_RANK),
         (2, TWO_RANKS, STORED_TWO_RANKS),
@@ -99,13 +112,13 @@ def test_every_member_follows_one_trajectory(trained: Lab, kind: str, member: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*STORED_ONE_RANK, *STORED_TWO_RANKS])
 def test_a_warm_store_asks_no_reference(trained: Lab, kind: str, name: str) -> None:
-    """Cold, only the first epoch's pairs and the held-out ones are computed."""
-    cold, warm = (
-        [row["reference_forwards"] for row in trained.training_rows(f"{kind}-{name}_{state}")]
-        for state in ("cold", "warm")
+    """Cold, only the first epoch's pairs and the held-out ones are computed; gap, only what is missing."""
+    cold, warm, torn = (
+        [row["reference_forwards"] for row in trained.training_rows(f"{kind}-{name}_{state}")] for state in STATES
     )
     assert cold[0] > 0 and sum(cold[4:]) == 0
     assert sum(warm) == 0
+    assert 0 < sum(gap) <= 4 and sum(gap[4:]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -81,7 +81,7 @@ def forwards(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def losses(rows: list[dict[str, Any]]) -> list[float]:
-    return [row.get("loss", row.get("eval_loss")) for row in rows]
+    return [row["loss"] if "loss" in row else row["eval_loss"] for row in rows]
 
 
 def folders(folder: Path) -> list[Path]:

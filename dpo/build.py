@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from dpo.config import Config, ConfigError, DataSource
 from dpo.policy import Pretrained, add_lora, can_pack
 from dpo.world import World
 
+Result = TypeVar("Result")
 CHECKED_PER_RANK = 50_000
 """Rows that a rank parses before the model is loaded (a second or two)."""
 
@@ -38,14 +41,15 @@ def open_shards(
         DataError: a file is missing or a row cannot be used, on every rank alike.
     """
     specs = [SourceSpec(entry) if isinstance(entry, str) else SourceSpec(**asdict(entry)) for entry in sources]
-    shards = world.together(lambda: ShardSet.open(specs, scratch, record))
+    shards = world.together(lambda: _readable(lambda: ShardSet.open(specs, scratch, record)))
     causes, first = shards.bad_rows()
     if config.data.on_bad_row == "skip":
         table = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
         judge_counts(causes, f"{table} (first: {first})", len(shards), config.data.max_bad_fraction)
     elif causes:
         raise DataError(f"{first} ({causes.total()} bad rows in all, as its manifest says)")
-    hashes = world.together(lambda: _parse_share(shards, world, config.data.on_bad_row == "error"))
+    refuse = config.data.on_bad_row == "error"
+    hashes = world.together(lambda: _readable(lambda: _parse_share(shards, world, refuse)))
     repeats = shards.num_repeats + num_repeats(world.gather_objects(hashes))
     notes = world.together(lambda: shards.notes() if world.is_main else [])
     if repeats:
@@ -53,6 +57,15 @@ def open_shards(
             f"warning: {repeats} of {len(shards)} pairs repeat an earlier one; see python -m data_utils.doctor"
         )
     return shards, notes
+
+
+def _readable(read: Callable[[], Result]) -> Result:
+    """What `read` returns; a file that the system does not let us read is the data's fault."""
+    try:
+        return read()
+    except OSError as error:
+        problem = f"{error.filename or 'a shard'}: {error.strerror or error}"
+        raise DataError(f"{problem}; see that the file is there and may be read") from error
 
 
 def _parse_share(shards: ShardSet, world: World, refuse: bool) -> np.ndarray:

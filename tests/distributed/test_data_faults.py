@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_utils.manifest_command import describe
@@ -162,7 +165,7 @@ def test_a_fault_ends_the_run_in_one_line_before_the_model_is_loaded(clean: Path
     shutil.copytree(clean / "data", data)
     apply(data)
     shutil.copytree(clean / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    done = run(command(clean, data, fault, "--model.path", str(tmp_path / "model")), timeout_s=60)
+    done = run(command(clean, data, fault, "--model.path", str(tmp_path / "model")), timeout_s=150)
     assert done.returncode == 2, done.stdout + done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert expected in error and (fault == "few_rows" or str(data) in error), done.stderr
@@ -199,15 +202,35 @@ def test_too_many_bad_rows_end_the_run_with_a_table(clean: Path, tmp_path: Path)
     assert "malformed_json " in done.stderr and "empty_response " in done.stderr
 
 
+def edit(path: Path) -> None:
+    """Change texts in place; the file's size and time stamps stay."""
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"the", b"THE"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.read_bytes() != content and path.stat().st_size == status.st_size
+
+
 def test_a_shard_edited_between_two_processes_of_a_run_is_named(clean: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(clean / "data", data)
     argv = command(clean, data, "edited")
     assert run([*argv, "--train.stop_after_steps", "1"]).returncode == 75
-    path = data / "shard-4.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"the", b"THE"))
+    edit(data / "shard-4.jsonl")
     done = run(argv)
     assert done.returncode == 2 and "(shard-4.jsonl changed): restore them" in done.stderr, done.stderr
+
+
+def test_a_table_edited_between_two_processes_of_a_run_is_named_when_it_is_read(clean: Path, tmp_path: Path) -> None:
+    """Its metadata, which is all that is read at the start, is as before."""
+    rows = [json.loads(line) for line in (clean / "all.jsonl").read_text().splitlines()]
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100, **plain)
+    argv = command(clean, tmp_path / "a.parquet", "edited-table")
+    assert run([*argv, "--train.stop_after_steps", "1"]).returncode == 75
+    edit(tmp_path / "a.parquet")
+    done = run(argv)
+    assert done.returncode == 2 and "a.parquet:" in done.stderr, done.stderr
+    assert "the shard was changed (hash " in done.stderr and "when it was recorded" in done.stderr
 
 
 def test_a_shard_removed_during_the_run_stops_it_with_a_save(clean: Path, tmp_path: Path) -> None:
@@ -221,7 +244,7 @@ def test_a_shard_removed_during_the_run_stops_it_with_a_save(clean: Path, tmp_pa
     while not (clean / "removed" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     (data / "shard-7.jsonl").unlink()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=150)
     assert process.returncode == 2 and "shard-7.jsonl: " in stderr and "went away during the run" in stderr, stderr
     step = json.loads((clean / "removed" / "status.json").read_text())["step"]
     assert step >= 1 and (clean / "removed" / "checkpoints" / f"step-{step:08d}").is_dir()

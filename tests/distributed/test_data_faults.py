@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -96,10 +97,10 @@ def few_rows(data: Path) -> None:
     (data / "shard-1.jsonl").write_bytes(b"".join(lines_of(data, 1)[:7]))
 
 
-def manifest_of_others(data: Path) -> None:
+def longer_than_in_manifest(data: Path) -> None:
     describe(data, check=True, num_workers=1)
-    path = data / "shard-4.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"the", b"THE"))
+    with (data / "shard-4.jsonl").open("ab") as file:
+        file.write(json.dumps(PAIR).encode() + b"\n")
 
 
 def missing_of_manifest(data: Path) -> None:
@@ -136,15 +137,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "shard-5.jsonl:31: more than",
     ),
     "roles": (
-        set_row({side: [{"role": "assistant", "content": "a"}, {"role": "user", "content": side}] for side in PAIR}),
-        "shard-5.jsonl:31: ",
+        set_row({side: [{"role": "user", "content": "a"}, {"role": "user", "content": side}] for side in PAIR}),
+        "shard-5.jsonl:31: the last turn of chosen is the user's; it must be the assistant's",
     ),
     "empty_shard": (empty_shard, "shard-2.jsonl: no rows; drop the empty shard or fill it"),
     "bomb": (bomb, "bomb.jsonl.gz: 81,"),
     "long_line": (long_line, "long.jsonl:1: a line of more than 67,108,864 bytes"),
     "huge_line": (huge_line, "huge.jsonl:1: a line of more than 67,108,864 bytes"),
     "few_rows": (few_rows, "fewer pairs than one global step: data.train has 7, batch.pairs_per_step is 12"),
-    "manifest": (manifest_of_others, "shard-4.jsonl"),
+    "manifest_size": (longer_than_in_manifest, "in the manifest (sha256 "),
     "manifest_missing": (missing_of_manifest, "shard-6.jsonl; "),
     "manifest_bad": (bad_manifest_rows, "shard-5.jsonl:31: malformed JSON"),
 }
@@ -183,7 +184,10 @@ def test_bad_rows_are_skipped_and_counted_by_cause(clean: Path, tmp_path: Path) 
     done = run(command(clean, data, "skipped", *skip))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (clean / "skipped" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["skipped_rows"] == 4 and rows[-1]["pairs_seen"] == 396
+    counts = {key: value for key, value in rows[-1].items() if key.startswith("skipped_rows")}
+    causes = {"malformed_json": 1, "empty_response": 1, "prompt_too_long": 1, "identical": 1}
+    assert counts == {"skipped_rows": 4, **{f"skipped_rows/{cause}": number for cause, number in causes.items()}}
+    assert rows[-1]["pairs_seen"] == 396
     ledger = [json.loads(line) for line in (clean / "skipped" / "ledger.jsonl").read_text().splitlines()]
     trained = [pair for entry in ledger for pair in entry["pairs"]]
     bad = {f"{data}/shard-{shard}.jsonl:{number}" for shard, number in ((5, 31), (1, 1), (2, 2), (3, 3))}
@@ -200,6 +204,18 @@ def test_too_many_bad_rows_end_the_run_with_a_table(clean: Path, tmp_path: Path)
     assert done.returncode == 2
     assert "rows are bad, more than data.max_bad_fraction=0.01 allows: " in done.stderr
     assert "malformed_json " in done.stderr and "empty_response " in done.stderr
+
+
+def test_a_shard_that_is_not_the_manifests_is_named_with_both_hashes_when_it_is_read(
+    clean: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clean / "data", data)
+    describe(data, check=True, num_workers=1)
+    edit(data / "shard-4.jsonl")
+    done = run(command(clean, data, "others", "--train.max_steps", "34"))
+    assert done.returncode == 2 and f"{data}/shard-4.jsonl:" in done.stderr, done.stderr
+    assert re.search(r"the shard was changed \(sha256 \w{16} now, \w{16} in manifest.json\)", done.stderr)
 
 
 def edit(path: Path) -> None:

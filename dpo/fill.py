@@ -13,12 +13,12 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from data_utils.loader import StepLoader, judge_skipped
+from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.record import DataRecord
-from data_utils.schema import RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
+from data_utils.skipped import Skipped
 from data_utils.tokenize import PairTokenizer
 from dpo.build import (
     choose_layout,
@@ -149,17 +149,17 @@ def _fill_all(
     num_pairs = 0
     try:
         for part in parts:
-            skipped: list[RowError] = []
+            skipped = Skipped()
             loader = _loader(config, world, part, reference, tokenizer)
             steps = agree(loader.steps(0, part.num_steps), world, stop, loader.layout, reference.look_up)
             for step in map(reference.complete, steps):
                 if step.stop:
                     return False
-                skipped += step.skipped
+                skipped.add(step.skipped)
                 num_pairs += step.num_pairs
                 _show(terminal, before + step.number + 1, total, num_pairs)
-            everyones = [error for share in world.gather_objects(skipped) for error in share]
-            judge_skipped(everyones, len(part.shards), config.data.max_bad_fraction)
+            everyones = Skipped.together(world.gather_objects(skipped))
+            everyones.judge(len(part.shards), config.data.max_bad_fraction)
             before += part.num_steps
     finally:
         terminal.stop()

@@ -196,8 +196,6 @@ class StoredReference(Reference):
         Raises:
             GateError: on every rank, when the store's numbers are not the live reference's.
         """
-        if step.stop:
-            return step
         lookup, computed_S = self._lookup, None
         if step.num_reference_forwards:
             computed_S = self._compute(lookup, step.num_reference_forwards)

@@ -112,8 +112,8 @@ def test_every_member_follows_one_trajectory(trained: Lab, kind: str, member: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*STORED_ONE_RANK, *STORED_TWO_RANKS])
 def test_a_warm_store_asks_no_reference(trained: Lab, kind: str, name: str) -> None:
-    """Cold, only the first epoch's pairs and the held-out ones are computed; gap, only what is missing."""
-    cold, warm, torn = (
+    """Cold, only the first epoch's pairs and the held-out ones are computed; with a gap, only what is missing."""
+    cold, warm, gap = (
         [row["reference_forwards"] for row in trained.training_rows(f"{kind}-{name}_{state}")] for state in STATES
     )
     assert cold[0] > 0 and sum(cold[4:]) == 0

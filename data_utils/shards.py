@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
@@ -204,16 +204,6 @@ class ShardSet:
     def num_repeats(self) -> int:
         """Pairs that repeat an earlier one, as far as manifests know."""
         return sum(item.repeats for item in self._found)
-
-    def check(self, indices: Iterable[int]) -> list[RowError]:
-        """Parse the given pairs and return what is wrong with them, in their order."""
-        errors = []
-        for index in indices:
-            try:
-                self.pair(int(index))
-            except RowError as error:
-                errors.append(error)
-        return errors
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         """File, row in it, and which of the row's pairs."""

@@ -20,6 +20,7 @@ from data_utils.schema import DataError, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.sources import SourceSpec
+from tests.rows import problems
 
 
 def row(number: int) -> dict[str, str]:
@@ -94,7 +95,7 @@ def test_bad_lines_name_their_place_and_cause(tmp_path: Path, line: bytes, cause
         shards.pair(1)
     assert caught.value.cause == cause and caught.value.where == f"{path}:2"
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
-    assert [error.where for error in shards.check(range(3))] == [f"{path}:2"]
+    assert [error.where for error in problems(shards)] == [f"{path}:2"]
 
 
 def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_parquet_messages_and_null_columns(tmp_path: Path) -> None:
     shards = ShardSet.open([write_parquet(tmp_path / "a.parquet", rows)])
     assert shards.row_bytes(np.arange(2)).tolist() == [19, 20 + 17]
     assert shards.pair(1).prompt == turns and shards.pair(1).columns.weight == 2.0
-    assert [(error.cause, error.where) for error in shards.check([0, 1])] == [("schema", f"{tmp_path}/a.parquet:1")]
+    assert [(error.cause, error.where) for error in problems(shards)] == [("schema", f"{tmp_path}/a.parquet:1")]
 
 
 def test_parquet_rows_in_any_order_with_a_small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

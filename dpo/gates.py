@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 
 from data_utils.batching import collate
@@ -13,10 +16,13 @@ from dpo.logps import mean_gap
 from dpo.policy import Policy, evaluating
 from dpo.reference import Reference
 
+logger = logging.getLogger("dpo")
+
 SCORING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Nats per token between our scoring and the model's own logits, which bf16 models round to 8 bits."""
-KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Error of a variable-length attention kernel, relative to its largest output or gradient."""
+KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Error of a variable-length attention kernel, relative to its largest output or gradient: a hundredth by rounding in
+bf16, about 1 where documents are aligned elsewhere."""
 FALLBACKS: dict[Layout, tuple[Layout, ...]] = {
     "shared": ("packed", "padded"),
     "packed": ("padded",),
@@ -41,7 +47,8 @@ def probe_batch(vocabulary: int, layout: Layout) -> PairBatch:
 
 
 def kernel_error(policy: Policy, device: torch.device, dtype: torch.dtype) -> float:
-    """Error of the variable-length kernel that a policy's layout would use on this rank's device; 0 without one."""
+    """Error of the variable-length kernel that a policy's layout would use on this rank's device; 0 without one,
+    infinite where it does not run (flash attention wants a GPU of 2020 or later)."""
     if policy.layout == "padded":
         return 0.0
     config = policy.causal_lm.config.get_text_config()
@@ -49,7 +56,11 @@ def kernel_error(policy: Policy, device: torch.device, dtype: torch.dtype) -> fl
     num_key_heads = getattr(config, "num_key_value_heads", None) or num_heads  # GPT-NeoX has none
     size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     heads = attention.Heads(num_heads, num_key_heads, size)
-    return attention.kernel_error(heads, policy.layout == "shared", device, dtype)
+    try:
+        return attention.kernel_error(heads, policy.layout == "shared", device, dtype)
+    except RuntimeError as error:
+        logger.warning("variable-length attention: %s", str(error).strip().split("\n")[0])
+        return math.inf
 
 
 def require_kernel(error: float, dtype: torch.dtype, layout: Layout) -> None:

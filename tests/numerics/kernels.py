@@ -41,6 +41,10 @@ def _dense(from_end: bool, extra: int = 0) -> Callable[[Tensor, Tensor, Tensor, 
     return attend
 
 
+def _raise(*_: object) -> Tensor:
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nMore of it.")
+
+
 def _fits(query: Tensor, value: Tensor) -> bool:
     return query.shape[-1] == value.shape[-1]
 
@@ -50,3 +54,4 @@ WRONG = {
     "aligned at the start": Kernel(_dense(from_end=False), _fits),
     "a window one too wide": Kernel(_dense(from_end=True, extra=1), _fits),
 }
+BROKEN = Kernel(_raise, _fits)

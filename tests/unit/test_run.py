@@ -23,7 +23,7 @@ from dpo.engine import StepResult
 from dpo.run import Run
 from dpo.steps import AgreedStep
 from tests.numerics import tiny_models
-from tests.numerics.kernels import REFERENCE, WRONG
+from tests.numerics.kernels import BROKEN, REFERENCE, WRONG
 from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 METRICS = (
@@ -135,6 +135,10 @@ def test_a_kernel_that_aligns_documents_elsewhere_gets_no_shared_rows(
     rows = train(folder, "kernel")
     assert "layout     packed (shared rows did not pass the check at the start)" in capsys.readouterr().out
     assert [row["loss"] for row in rows[1:-1]] == pytest.approx([row["loss"] for row in expected[1:-1]], abs=1e-5)
+    monkeypatch.setitem(attention.KERNELS, "cpu", BROKEN)
+    train(folder, "kernel-broken", "--train.max_steps", "1")
+    assert "layout     padded (shared and packed rows did not pass the check at the start)" in capsys.readouterr().out
+    monkeypatch.setitem(attention.KERNELS, "cpu", WRONG["aligned at the start"])
     assert code_of(folder, "kernel-asked", {"--batch.layout": "shared"}) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: batch.layout=shared: this device's variable-length attention kernel is off by ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from data_utils import manifest
 from data_utils.formats import near_misses, num_pairs, parse_row
-from data_utils.line_files import LineFile, make_indexes
-from data_utils.manifest import fingerprint
+from data_utils.line_files import LineFile, LineIndex, make_indexes
 from data_utils.mixture import Part
 from data_utils.schema import DataError, PreferencePair, RowError
 from data_utils.scratch import Scratch
@@ -23,6 +23,7 @@ from data_utils.sources import Found, SourceSpec, find_files
 from data_utils.table_files import KnownHashes, TableFile
 
 _OPENING_THREADS = 16
+_UNPACKING_THREADS = 4
 
 
 class ShardFile(Protocol):
@@ -48,6 +49,14 @@ class ShardFile(Protocol):
         """ "file:line" of a row (tables: file:row), counted from 1."""
         ...
 
+    def block(self, row: int) -> int:
+        """Number of what must be unpacked to read the row."""
+        ...
+
+    def unpack(self, block: int) -> None:
+        """Unpack a block, if no process of this machine has done so."""
+        ...
+
     def keys(self) -> list[str]:
         """What its columns are called, as far as its start tells. Raises RowError, DataError."""
         ...
@@ -71,7 +80,7 @@ class ShardSet:
         both = zip(files, self._row_starts, strict=True)
         self._sizes = [file.num_rows if starts is None else int(starts[-1]) for file, starts in both]
         self._ends = np.cumsum(self._sizes)
-        self.fingerprint = fingerprint(self.facts())
+        self.fingerprint = manifest.fingerprint(self.facts())
 
     @classmethod
     def open(
@@ -93,9 +102,9 @@ class ShardSet:
         specs = [SourceSpec(source) if isinstance(source, str) else source for source in sources]
         found = find_files(specs)
         shared = scratch or Scratch(f"{os.getpid()} {time.time_ns()}")
-        make_indexes([item.path for item in found if item.is_lines and item.shard is None], shared)
+        made = make_indexes([item.path for item in found if item.is_lines and item.shard is None], shared)
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            files = list(pool.map(lambda item: _open(item, shared, known), found))
+            files = list(pool.map(lambda item: _open(item, made, shared, known), found))
         if empty := [file.path for file in files if not file.num_rows]:
             raise DataError(f"{', '.join(empty)}: no rows; drop the empty shard or fill it")
         return cls(specs, found, files)
@@ -139,6 +148,13 @@ class ShardSet:
             sizes[mine] = self._files[file].row_bytes(rows)
         return sizes
 
+    def unpack(self, indices: Sequence[int]) -> None:
+        """Unpack what the given pairs lie in, several blocks at a time, so that `pair` finds it done."""
+        places = [self._locate(index) for index in indices]
+        blocks = {(file, self._files[file].block(row)) for file, row, _ in places}
+        with ThreadPoolExecutor(min(_UNPACKING_THREADS, len(blocks) or 1)) as pool:
+            list(pool.map(lambda place: self._files[place[0]].unpack(place[1]), sorted(blocks)))
+
     def where(self, index: int) -> str:
         """ "file:line" of a pair's row, counted from 1 (tables: file:row; with #number where a row gives several)."""
         file, row, pick = self._locate(index)
@@ -169,10 +185,14 @@ class ShardSet:
         return notes
 
     def unchecked(self) -> list[range]:
-        """Indices of the pairs whose rows no manifest has looked at."""
+        """Indices of the pairs that no manifest has looked at; of a ranked list it sees the best against the worst."""
         starts = self._ends - self._sizes
-        spans = zip(starts.tolist(), self._ends.tolist(), self._found, strict=True)
-        return [range(first, end) for first, end, item in spans if item.shard is None or not item.shard.checked]
+        facts = zip(starts.tolist(), self._ends.tolist(), self._found, self._row_starts, strict=True)
+        return [
+            range(first, end)
+            for first, end, item, row_starts in facts
+            if item.shard is None or not item.shard.checked or row_starts is not None
+        ]
 
     def bad_rows(self) -> tuple[Counter[str], str]:
         """What manifests know of rows that cannot be used: counts by cause, and what is wrong with the first."""
@@ -206,12 +226,13 @@ class ShardSet:
         return file, row, pair - int(starts[row])
 
 
-def _open(item: Found, scratch: Scratch, known: KnownHashes | None) -> ShardFile:
+def _open(item: Found, made: Mapping[str, LineIndex], scratch: Scratch, known: KnownHashes | None) -> ShardFile:
     shard, index = item.shard, item.index
     if shard is None or index is None:
-        return LineFile(item.path, scratch) if item.is_lines else TableFile(item.path, scratch, known=known)
+        is_table = not item.is_lines
+        return TableFile(item.path, scratch, known=known) if is_table else LineFile(item.path, scratch, made[item.path])
     if item.is_lines:
-        return LineFile(item.path, scratch, index, shard.identity)
+        return LineFile(item.path, scratch, LineIndex(index, shard.sha256, manifest.NAME))
     return TableFile(item.path, scratch, shard.groups, shard.identity, index)
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +33,8 @@ from data_utils.scratch import Scratch
 ENDINGS = (".parquet", ".arrow")
 MAPPED_GROUPS = 64
 _BYTES = "__row_bytes"
+_BROKEN = (pa.ArrowException, OSError, struct.error, IndexError, KeyError, SystemError, ValueError)
+"""What pyarrow raises over content that is damaged."""
 _TAIL = struct.Struct("<I4s")  # footer's length and magic at the end of a Parquet file
 
 
@@ -86,6 +91,7 @@ class TableFile:
         self.path = path
         self._scratch, self._known, self._index = scratch, known, index
         self._reader: _Reader | None = None
+        self._opening = threading.Lock()
         if groups is None:
             groups = [Group(num_rows) for num_rows in self._open().group_rows]
             identity = self._open().identity
@@ -94,12 +100,23 @@ class TableFile:
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_reader", "_opening")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_reader": None, "_opening": threading.Lock()}
 
     @property
     def num_rows(self) -> int:
         """Rows of the file."""
         return int(self._starts[-1])
+
+    def block(self, row: int) -> int:
+        """The row group or record batch of a row."""
+        return self._locate(row)[0]
+
+    def unpack(self, block: int) -> None:
+        """Unpack a group."""
+        self._unpacked(block)
 
     def keys(self) -> list[str]:
         """Names of all columns."""
@@ -139,7 +156,7 @@ class TableFile:
             message = f"not valid UTF-8 ({error.reason}); convert the file"
             raise RowError(self.where(row), "invalid_utf8", message) from error
         del content[_BYTES]
-        return content
+        return {name: _without_nulls(value) for name, value in content.items()}
 
     def _locate(self, row: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -147,11 +164,14 @@ class TableFile:
 
     def _group(self, group: int) -> pa.Table:
         """A group's columns and row sizes, mapped from its unpacked copy."""
-        name = entry_name("group", self.path, group)
-        path = self._scratch.make(name, lambda aside: self._unpack(group, aside))
+        path = self._unpacked(group)
         return _mapped(str(path), path.stat().st_mtime_ns)
 
-    def _unpack(self, group: int, aside: Path) -> None:
+    def _unpacked(self, group: int) -> Path:
+        name = entry_name("group", self.path, group)
+        return self._scratch.make(name, lambda aside: self._write(group, aside))
+
+    def _write(self, group: int, aside: Path) -> None:
         table, found = self._read(group)
         known = self._hashes[group]
         if not known and self._known is not None:
@@ -172,28 +192,36 @@ class TableFile:
             reader = self._open()
             if group >= len(reader.group_rows) or reader.group_rows[group] != self.group_rows[group]:
                 raise DataError(f"{self.path}: the shard was changed (other rows than recorded); restore it")
-            return reader.read(group, wanted_columns(reader.names))
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the system: the content was not even read
-                raise
+            table, found = reader.read(group, wanted_columns(reader.names))
+            if len(table) != self.group_rows[group]:
+                raise OSError(f"{len(table)} rows, {self.group_rows[group]} by its metadata")
+            return table, found
+        except _BROKEN as error:
+            if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is not None):
+                raise  # of the system: the content was not even read
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.path}: group {group} is corrupt ({reason}); fetch the file again") from error
 
     def _open(self) -> _Reader:
-        if self._reader is None:
-            kind = "Parquet" if self.path.endswith(".parquet") else "Arrow"
-            try:
-                reader = _ParquetReader(self.path) if kind == "Parquet" else _ArrowReader(self.path, self._scratch)
-            except (pa.ArrowException, OSError, struct.error) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                reason = " ".join(str(error).split())[:200]
-                message = f"{self.path}: truncated or corrupt {kind} ({reason}); fetch the file again"
-                raise DataError(message) from error
-            if problem := missing_columns(reader.names):
-                raise DataError(f"{self.path}: {problem}")
-            self._reader = reader
-        return self._reader
+        with self._opening:
+            self._reader = self._reader or self._opened()
+            return self._reader
+
+    def _opened(self) -> _Reader:
+        kind = "Parquet" if self.path.endswith(".parquet") else "Arrow"
+        try:
+            reader = _ParquetReader(self.path) if kind == "Parquet" else _ArrowReader(self.path, self._scratch)
+        except _BROKEN as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            message = f"{self.path}: truncated or corrupt {kind} ({reason}); fetch the file again"
+            raise DataError(message) from error
+        if twice := [name for name, number in Counter(reader.names).items() if number > 1]:
+            raise DataError(f"{self.path}: more than one column {', '.join(map(repr, twice))}; keep one")
+        if reader.group_rows and (problem := missing_columns(reader.names)):
+            raise DataError(f"{self.path}: {problem}")
+        return reader
 
 
 @lru_cache(MAPPED_GROUPS)
@@ -233,6 +261,7 @@ class _ParquetReader:
         source = pa.PythonFile(_Part(content, start, self._size), "r")
         file = pq.ParquetFile(source, metadata=self._metadata)
         table = file.read_row_group(group, columns=list(columns), use_threads=False)
+        table.validate(full=True)
         return table, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -274,7 +303,8 @@ class _ArrowReader:
     def __init__(self, path: str, scratch: Scratch) -> None:
         local = path
         if stores.is_url(path):
-            local = str(scratch.make(entry_name("arrow", path), lambda aside: _fetch(path, aside)))
+            local = str(scratch.make(entry_name("arrow", path), lambda aside: stores.copy(path, aside)))
+        self._local, self._size = local, os.path.getsize(local)
         with pa.memory_map(local) as source:
             is_file = bytes(source.read(6)) == b"ARROW1"
             source.seek(0)
@@ -290,19 +320,38 @@ class _ArrowReader:
         self.identity = hashlib.sha256(facts.encode()).hexdigest()
 
     def read(self, group: int, columns: Sequence[str]) -> tuple[pa.Table, str]:
+        if os.path.getsize(self._local) != self._size:  # mapped memory behind the end of a file is not there
+            raise OSError("its size has changed")
         batch = self._batches[group]
+        batch.validate(full=True)
         digest = hashlib.blake2b(digest_size=16)
         for column in batch.columns:
-            for buffer in column.buffers():
-                digest.update(b"" if buffer is None else buffer)
+            _hash_array(digest, column)
         return pa.Table.from_batches([batch]).select(list(columns)), digest.hexdigest()
 
 
-def _fetch(path: str, aside: Path) -> None:
-    import shutil
+def _hash_array(digest: Any, array: pa.Array) -> None:
+    """Add all buffers of an array, and of the dictionaries in it."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        _hash_array(digest, array.indices)
+        _hash_array(digest, array.dictionary)
+        return
+    nested = [array.field(number) for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        nested = [array.values]
+    own = len(nested) and (1 if pa.types.is_struct(kind) else 2)
+    for buffer in array.buffers()[:own] if nested else array.buffers():
+        digest.update(b"" if buffer is None else buffer)
+    for child in nested:
+        _hash_array(digest, child)
 
-    with stores.open_file(path) as file, aside.open("wb") as out:
-        shutil.copyfileobj(file, out, 1 << 20)
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the null keys that a struct has where another row has a value."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _text_bytes(array: pa.Array) -> np.ndarray:

@@ -105,25 +105,31 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
 
 
-def choose_layout(config: Config, source: Pretrained) -> tuple[Layout, str]:
-    """`batch.layout` with auto decided by the model, and why; also refuses LoRA targets and heads.
+def choose_layout(config: Config, source: Pretrained, reference: Pretrained) -> tuple[Layout, str]:
+    """`batch.layout` with auto decided by the models' configurations, and why; also refuses LoRA targets and heads.
 
     Raises:
-        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing; the
-            output head cannot be scored.
+        ConfigError: shared or packed rows were asked for and layers of the policy or of the reference carry state; LoRA
+            targets match nothing; the output head cannot be scored.
     """
     model = source.empty(torch.float32)
-    packs = can_pack(model)
     _check_head(config, model)
-    if config.batch.layout == "packed" and not packs:
+    models = {source.path: model}
+    if reference.path != source.path:
+        models[reference.path] = reference.empty(torch.float32)
+    stateful = [path for path, model in models.items() if not can_pack(model)]
+    asked = config.batch.layout
+    if asked in ("shared", "packed") and stateful:
         raise ConfigError(
-            f"batch.layout=packed: layers of {config.model.path} carry state across rows: set --batch.layout padded"
+            f"batch.layout={asked}: layers of {stateful[0]} carry state across a row: set --batch.layout padded"
         )
-    if config.batch.layout != "auto":
-        return config.batch.layout, "as asked"
+    if asked != "auto":
+        return asked, "as asked"
     if config.model.attn_implementation is not None:
         return "padded", "since model.attn_implementation is set"
-    return ("packed", "no padding") if packs else ("padded", "the model's layers cannot keep packed rows apart")
+    if stateful:
+        return "padded", f"layers of {stateful[0]} carry state across a row"
+    return "shared", "each prompt once, no padding"
 
 
 def _check_head(config: Config, model: PreTrainedModel) -> None:

@@ -30,7 +30,16 @@ from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
 from dpo.evaluate import Evaluator
 from dpo.export import export
-from dpo.gates import require_scoring, require_step0, scoring_gap, step0_gap
+from dpo.gates import (
+    FALLBACKS,
+    GateError,
+    kernel_error,
+    require_kernel,
+    require_scoring,
+    require_step0,
+    scoring_gap,
+    step0_gap,
+)
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, means, peak_flops
 from dpo.objective import Objective
@@ -78,7 +87,7 @@ class Run:
         self.tokenizer = open_tokenizer(config)
         self._probe_tokenizer()
         self.layout: Layout
-        self.layout, self._why_layout = choose_layout(config, self.source)
+        self.layout, self._why_layout = choose_layout(config, self.source, reference_source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
         held_out = None
         if config.data.eval:
@@ -108,19 +117,29 @@ class Run:
     # ---- building
 
     def _check_scoring(self) -> None:
-        """Hold our scoring against the model's own logits; `auto` falls back to padded rows when packing is wrong."""
-        vocabulary = self.source.text_config.vocab_size
-        gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
-        try:
-            require_scoring(gap, self.dtype, self.config.model.path, self.layout)
-        except ConfigError as error:
-            if self.layout == "padded" or self.config.batch.layout != "auto":
-                raise
-            logger.warning("packed rows: %s", error)
-            self.layout, self._why_layout = "padded", "packed rows did not give the model's own log-probs"
-            self.engine.policy.use_layout("padded")
-            gap = self._worst(scoring_gap(self.engine, vocabulary, self.world.device))
-            require_scoring(gap, self.dtype, self.config.model.path, self.layout)
+        """Hold kernel and scoring against what they should give; `auto` falls back from layout to layout."""
+        failed: list[str] = []
+        remaining = iter(FALLBACKS[self.layout] if self.config.batch.layout == "auto" else ())
+        while True:
+            try:
+                self._require_layout()
+                return
+            except GateError as error:
+                layout = next(remaining, None)
+                if layout is None:
+                    raise
+                logger.warning("%s rows: %s", self.layout, error)
+                failed.append(self.layout)
+                self._why_layout = f"{' and '.join(failed)} rows did not pass the check at the start"
+                self.layout = layout
+                self.engine.policy.use_layout(layout)
+
+    def _require_layout(self) -> None:
+        """Raises GateError on all ranks when the layout gives wrong numbers on any."""
+        device, model = self.world.device, self.config.model.path
+        require_kernel(self._worst(kernel_error(self.engine.policy, device, self.dtype)), self.dtype, self.layout)
+        gap = self._worst(scoring_gap(self.engine, self.source.text_config.vocab_size, device))
+        require_scoring(gap, self.dtype, model, self.layout)
 
     def _worst(self, gap: float) -> float:
         return max(self.world.gather_objects(gap))

@@ -91,7 +91,7 @@ class StepLoader:
     def _step(self, tokenized: TokenizedStep) -> Step:
         packed = pack(tokenized.pairs, self.layout, self.tokens_per_micro_batch)
         batches = [self._collate(micro_batch) for micro_batch in packed]
-        return Step(tokenized.number, tokenized.epoch, batches, len(tokenized.pairs), tokenized.skipped)
+        return Step(tokenized.number, tokenized.epoch, batches, len(tokenized.pairs), tokenized.skipped, packed)
 
     def _collate(self, pairs: list[TokenizedPair]) -> PairBatch:
         batch = collate(pairs, self.layout, self.pad_token_id)

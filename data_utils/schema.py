@@ -6,7 +6,7 @@ T tokens of a row, N scored (response) tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class PairBatch:
         index_B: the pairs' global row numbers; -1 in an idle batch.
         sources: the pairs' source names.
         layout: "padded", "packed" or "shared".
+        reference_logps_S: (S,) float32, log-probs under the reference, where they are known before any model is run.
     """
 
     input_ids_RT: torch.Tensor
@@ -138,6 +139,7 @@ class PairBatch:
     index_B: tuple[int, ...]
     sources: tuple[str, ...]
     layout: Layout
+    reference_logps_S: torch.Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -178,9 +180,9 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
         moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if hasattr(value := getattr(self, field.name), "to")
+            item.name: value.to(device, non_blocking=True)
+            for item in fields(self)
+            if hasattr(value := getattr(self, item.name), "to")
         }
         return replace(self, **moved)
 
@@ -193,6 +195,7 @@ class Step:
         number: 0-based step.
         epoch: 0-based epoch that the window lies in.
         micro_batches: this rank's pairs; ranks with fewer than others add idle ones.
+        pairs: the pairs of each micro-batch in token ids.
         num_pairs: pairs in `micro_batches` (rows of the window that were skipped are not among them).
         skipped: why this rank's other rows of the window were left out.
     """
@@ -202,3 +205,4 @@ class Step:
     micro_batches: list[PairBatch]
     num_pairs: int
     skipped: tuple[RowError, ...]
+    pairs: list[list[TokenizedPair]] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,21 +11,25 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_utils.record import DataRecord
 from data_utils.repeats import num_repeats, pair_hash
-from data_utils.schema import DataError, Layout, RowError
+from data_utils.schema import DataError, Layout, PairBatch, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.skipped import Skipped
 from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
-from dpo.policy import Pretrained, add_lora, can_pack
+from dpo.engine import Engine, Scorer
+from dpo.gates import FALLBACKS, GateError, kernel_error, require_kernel, require_scoring, scoring_gap
+from dpo.policy import Pretrained, add_lora, can_pack, evaluating
 from dpo.world import World
 
+logger = logging.getLogger("dpo")
 Result = TypeVar("Result")
+
 CHECKED_PER_RANK = 50_000
 """Rows that a rank parses before the model is loaded (some seconds)."""
 
@@ -105,6 +110,12 @@ def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise ConfigError(f"model.path={config.model.path}: no tokenizer: {message}") from error
 
 
+def max_length(config: Config, source: Pretrained) -> int:
+    """Longest sequence in tokens: `data.max_length`, or what the model has positions for."""
+    positions = source.max_positions
+    return config.data.max_length if positions is None else min(config.data.max_length, positions)
+
+
 def choose_layout(config: Config, source: Pretrained, reference: Pretrained) -> tuple[Layout, str]:
     """`batch.layout` with auto decided by the models' configurations, and why; also refuses LoRA targets and heads.
 
@@ -132,6 +143,36 @@ def choose_layout(config: Config, source: Pretrained, reference: Pretrained) -> 
     return "shared", "each prompt once, no padding"
 
 
+def settle_layout(config: Config, source: Pretrained, engine: Engine, dtype: torch.dtype, world: World) -> str:
+    """Hold attention kernel and scoring against what they should give; with `batch.layout=auto` the engine falls back
+    from layout to layout. Returns why it did, or nothing.
+
+    Raises:
+        GateError: on every rank, when a layout that was asked for, or the last one, gives wrong numbers on any.
+    """
+
+    def worst(gap: float) -> float:
+        return max(world.gather_objects(gap))
+
+    failed: list[str] = []
+    remaining = iter(FALLBACKS[engine.policy.layout] if config.batch.layout == "auto" else ())
+    while True:
+        layout = engine.policy.layout
+        try:
+            require_kernel(worst(kernel_error(engine.policy, world.device, dtype)), dtype, layout)
+            gap = worst(scoring_gap(engine, source.text_config.vocab_size, world.device))
+            require_scoring(gap, dtype, config.model.path, layout)
+        except GateError as error:
+            fallback = next(remaining, None)
+            if fallback is None:
+                raise
+            logger.warning("%s rows: %s", layout, error)
+            failed.append(layout)
+            engine.policy.use_layout(fallback)
+            continue
+        return f"{' and '.join(failed)} rows did not pass the check at the start" if failed else ""
+
+
 def _check_head(config: Config, model: PreTrainedModel) -> None:
     if config.lora.r:
         with torch.device("meta"):
@@ -144,3 +185,35 @@ def _check_head(config: Config, model: PreTrainedModel) -> None:
     raise ConfigError(
         f"model.path={config.model.path}: its output head is a {type(head).__name__}, not a plain nn.Linear"
     )
+
+
+def open_reference(config: Config, source: Pretrained) -> Pretrained:
+    """The model that serves as the reference: `reference.path`, or the policy's own starting weights.
+
+    Raises:
+        ConfigError: `reference.path` is no model.
+    """
+    if config.reference.path is None:
+        return source
+    model = config.model
+    return Pretrained.open(config.reference.path, model.attn_implementation, model.trust_remote_code, "reference.path")
+
+
+def open_scorer(config: Config, source: Pretrained, engine: Engine) -> Callable[[], Scorer]:
+    """What makes the live reference that the config asks for; every rank calls it at the same moment.
+
+    Args:
+        source: what `open_reference` gave.
+    """
+    if config.reference_source == "adapter_off":
+        return lambda: _adapter_off(engine)
+    return lambda: engine.frozen_scorer(source, config.reference.offload)
+
+
+def _adapter_off(engine: Engine) -> Scorer:
+    def score(batch: PairBatch) -> Tensor:
+        with evaluating(engine.policy), engine.policy.adapter_off():
+            logps_S, _ = engine.forward(batch)
+        return logps_S
+
+    return score

@@ -81,7 +81,9 @@ _SAME_TRAJECTORY = (
     "data.on_bad_row",
     "data.max_bad_fraction",
     "data.num_workers",
+    "reference.mode",
     "reference.offload",
+    "reference.store",
 )
 """Keys (or, with a dot at the end, sections) that may change on resume: training follows the same trajectory."""
 

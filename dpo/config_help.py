@@ -16,8 +16,11 @@ _DESCRIPTION = """Align a causal language model to preferences with DPO (arXiv 2
 - model.path, data.train and run.dir are required."""
 
 
-def show_help() -> None:
-    """Print the help to stdout."""
+PROGRAM = "train_dpo.py [--config FILE.yaml] [--print-config]"
+
+
+def show_help(program: str = PROGRAM, description: str = _DESCRIPTION) -> None:
+    """Print the help of a program that takes this config to stdout."""
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_boolean)
     registry.primitive_rule(_source)
@@ -25,8 +28,8 @@ def show_help() -> None:
         tyro.cli(
             Config,
             args=["--help"],
-            prog="train_dpo.py [--config FILE.yaml] [--print-config]",
-            description=_DESCRIPTION,
+            prog=program,
+            description=description,
             use_underscores=True,
             registry=registry,
             config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),

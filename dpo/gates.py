@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,9 @@ from dpo.config import ConfigError
 from dpo.engine import Engine
 from dpo.logps import mean_gap
 from dpo.policy import Policy, evaluating
-from dpo.reference import Reference
+
+if TYPE_CHECKING:
+    from dpo.reference import Reference
 
 logger = logging.getLogger("dpo")
 
@@ -112,8 +115,8 @@ def step0_gap(engine: Engine, reference: Reference, batch: PairBatch) -> float:
     return mean_gap(policy_logps_S, reference_logps_S, batch.response_lengths_S)
 
 
-def require_step0(gap: float, dtype: torch.dtype) -> None:
-    """Refuse a reference that is not the model before training.
+def require_step0(gap: float, dtype: torch.dtype, remedy: str) -> None:
+    """Refuse a reference that is not the model before training; `remedy` says what to do then.
 
     Raises:
         GateError: the gap before the first step exceeds the tolerance of the dtype.
@@ -121,5 +124,5 @@ def require_step0(gap: float, dtype: torch.dtype) -> None:
     if gap > STEP0_TOLERANCE[dtype]:
         raise GateError(
             f"step 0: policy and reference differ by {gap:.2g} nats per token (allowed {STEP0_TOLERANCE[dtype]:g}):"
-            " the reference must be the model before training; set reference.path if another one is meant"
+            f" {remedy}"
         )

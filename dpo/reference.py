@@ -1,54 +1,87 @@
 """The frozen reference: log-probs of the model before training.
 
-One method, `logps(batch)`, two sources: the policy with its adapter off (LoRA: same weights, no second copy), or a
-frozen copy held like the policy. Both start from `model.path` (or `reference.path`), never from a checkpoint, so that a
-resumed run still scores with the original weights.
+One method, `logps(batch)`, three sources: the policy with its adapter off (LoRA: same weights, no second copy), a
+frozen copy held like the policy, or a store of what one of these has computed before (`dpo.stored`). All start from
+`model.path` (or `reference.path`), never from a checkpoint, so that a resumed run still scores with the original
+weights.
+
+    python -m dpo.reference --config FILE [flags of train_dpo.py]
+
+fills the store ahead of training. Nothing heavy is imported here, so that its --help answers at once.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import sys
+from typing import TYPE_CHECKING
 
-from data_utils.schema import PairBatch
-from dpo.config import Config
-from dpo.engine import Engine, Scorer
-from dpo.policy import Pretrained, evaluating
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_utils.schema import PairBatch, Step
+    from dpo.engine import Scorer
+    from dpo.signals import StopRequest
+    from dpo.steps import AgreedStep
+    from dpo.world import World
+
+
+DESCRIPTION = """Fill the store of reference log-probs ahead of training, for data.train and data.eval.
+
+- Takes the config and the flags of train_dpo.py, and runs under the same launchers, on any number of ranks.
+- What the store holds already is not computed again; a run that is stopped or killed goes on where it was.
+- Train with --reference.mode stored afterwards; reference.store names the folder for both."""
 
 
 class Reference:
-    """Scores batches with the model before training."""
+    """Scores batches with the model before training.
+
+    Attributes:
+        num_forwards: forwards of this rank so far.
+        remedy: what to do when its numbers are not the policy's before training.
+    """
+
+    remedy = "the reference must be the model before training; set reference.path if another one is meant"
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
+        self.num_forwards = 0
 
     def logps(self, batch: PairBatch) -> Tensor:
         """(S,) summed log-probs of the responses under the reference, without grad."""
+        self.num_forwards += 1
         return self._scorer(batch)
 
+    def look_up(self, step: Step) -> int:
+        """Forwards that this rank needs before a step can be taken; all ranks then make as many together."""
+        return 0
 
-def open_reference(config: Config, source: Pretrained) -> Pretrained:
-    """The model that serves as the reference: `reference.path`, or the policy's own starting weights.
+    def complete(self, step: AgreedStep) -> AgreedStep:
+        """The step with all in it that `logps` needs; every rank calls it."""
+        return step
 
-    Raises:
-        ConfigError: `reference.path` is no model.
-    """
-    if config.reference.path is None:
-        return source
-    model = config.model
-    return Pretrained.open(config.reference.path, model.attn_implementation, model.trust_remote_code, "reference.path")
-
-
-def build_reference(config: Config, source: Pretrained, engine: Engine) -> Reference:
-    """The reference that the config asks for; `source` is what `open_reference` gave."""
-    if config.reference_source == "adapter_off":
-        return Reference(_adapter_off(engine))
-    return Reference(engine.frozen_scorer(source, config.reference.offload))
+    def close(self) -> None:
+        """Nothing more is asked."""
 
 
-def _adapter_off(engine: Engine) -> Scorer:
-    def score(batch: PairBatch) -> Tensor:
-        with evaluating(engine.policy), engine.policy.adapter_off():
-            logps_S, _ = engine.forward(batch)
-        return logps_S
+def main(argv: list[str]) -> int:
+    """Parse and fill; returns the exit code of the trainer's contract."""
+    if "--help" in argv or "-h" in argv:
+        from dpo.config_help import show_help
 
-    return score
+        show_help("python -m dpo.reference [--config FILE.yaml]", DESCRIPTION)
+        return 0
+    from dpo.config import parse_or_exit
+    from dpo.session import tool_session
+
+    config = parse_or_exit([*argv, "--reference.mode", "stored"])
+
+    def work(world: World, stop: StopRequest) -> bool:
+        from dpo.fill import fill
+
+        return fill(config, world, stop)
+
+    return tool_session(config, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

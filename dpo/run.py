@@ -23,32 +23,33 @@ from data_utils.shards import ShardSet
 from data_utils.skipped import Skipped
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
-from dpo.build import choose_layout, open_shards, open_tokenizer
+from dpo.build import (
+    choose_layout,
+    max_length,
+    open_reference,
+    open_scorer,
+    open_shards,
+    open_tokenizer,
+    settle_layout,
+)
 from dpo.checkpoint import TrainerState
 from dpo.config import Config, ConfigError
 from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
 from dpo.evaluate import Evaluator
 from dpo.export import export
-from dpo.gates import (
-    FALLBACKS,
-    GateError,
-    kernel_error,
-    require_kernel,
-    require_scoring,
-    require_step0,
-    scoring_gap,
-    step0_gap,
-)
+from dpo.gates import require_step0, step0_gap
+from dpo.identity import making_facts
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, means, peak_flops
 from dpo.objective import Objective
 from dpo.plan import learning_rate, make_plan
 from dpo.policy import Pretrained, Sizes
-from dpo.reference import Reference, build_reference, open_reference
+from dpo.reference import Reference
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest
 from dpo.steps import FILLER_ID, AgreedStep, agree
+from dpo.stored import StoredReference, open_store
 from dpo.terminal import Terminal, count, duration
 from dpo.world import World
 
@@ -100,8 +101,9 @@ class Run:
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
         self.engine: Engine = build_engine(build)
-        self._check_scoring()
-        self.reference: Reference = build_reference(config, reference_source, self.engine)
+        if why := settle_layout(config, self.source, self.engine, self.dtype, world):
+            self.layout, self._why_layout = self.engine.policy.layout, why
+        self.reference = self._reference(reference_source)
         self.loader = self._loader(self.shards, self.order, config.data.num_workers)
         self.evaluator = None if held_out is None else self._evaluator(held_out)
         self._sizes = Sizes.of(self.engine.policy)
@@ -112,34 +114,28 @@ class Run:
         self._skipped = Skipped()  # by this rank, in this process
         self._num_skipped = 0  # by all ranks
         self._unread: set[str] = set()
+        self._logged_forwards = 0
         self._saved: int | None = None
 
     # ---- building
 
-    def _check_scoring(self) -> None:
-        """Hold kernel and scoring against what they should give; `auto` falls back from layout to layout."""
-        failed: list[str] = []
-        remaining = iter(FALLBACKS[self.layout] if self.config.batch.layout == "auto" else ())
-        while True:
-            try:
-                self._require_layout()
-                return
-            except GateError as error:
-                layout = next(remaining, None)
-                if layout is None:
-                    raise
-                logger.warning("%s rows: %s", self.layout, error)
-                failed.append(self.layout)
-                self._why_layout = f"{' and '.join(failed)} rows did not pass the check at the start"
-                self.layout = layout
-                self.engine.policy.use_layout(layout)
-
-    def _require_layout(self) -> None:
-        """Raises GateError on all ranks when the layout gives wrong numbers on any."""
-        device, model = self.world.device, self.config.model.path
-        require_kernel(self._worst(kernel_error(self.engine.policy, device, self.dtype)), self.dtype, self.layout)
-        gap = self._worst(scoring_gap(self.engine, self.source.text_config.vocab_size, device))
-        require_scoring(gap, self.dtype, model, self.layout)
+    def _reference(self, source: Pretrained) -> Reference:
+        config = self.config
+        scorer = open_scorer(config, source, self.engine)
+        if config.reference.mode != "stored":
+            return Reference(scorer())
+        making = making_facts(self.tokenizer, max_length(config, self.source))
+        opened = open_store(config, source, making, self.dtype, self.world, self.terminal.say)
+        return StoredReference(
+            scorer,
+            opened,
+            self.world,
+            layout=self.layout,
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            dtype=self.dtype,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            say=self.terminal.say,
+        )
 
     def _worst(self, gap: float) -> float:
         return max(self.world.gather_objects(gap))
@@ -150,9 +146,7 @@ class Run:
             self._pair_tokenizer()(self.shards.pair(0), 0)
 
     def _pair_tokenizer(self) -> PairTokenizer:
-        positions = self.source.max_positions
-        max_length = self.config.data.max_length if positions is None else min(self.config.data.max_length, positions)
-        return PairTokenizer(self.tokenizer, max_length)
+        return PairTokenizer(self.tokenizer, max_length(self.config, self.source))
 
     def _loader(self, shards: ShardSet, order: Order, num_workers: int = 0) -> StepLoader:
         return StepLoader(
@@ -189,7 +183,8 @@ class Run:
         return {"skipped_rows": causes.total()} | {f"skipped_rows/{cause}": causes[cause] for cause in sorted(causes)}
 
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
-        return agree(loader.steps(first, last), self.world, self.stop, self.layout)
+        steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
+        return map(self.reference.complete, steps)
 
     # ---- starting
 
@@ -256,6 +251,7 @@ class Run:
         except ValueError:
             if done > first:
                 self.save(done)
+            self.reference.close()
             raise
 
     def _watch_data(self, step: AgreedStep, first: int) -> None:
@@ -277,7 +273,8 @@ class Run:
             return
         (step,) = self._agreed(self.loader, 0, 1)
         batch = step.micro_batches[0].to(self.world.device)
-        require_step0(self._worst(step0_gap(self.engine, self.reference, batch)), self.dtype)
+        gap = self._worst(step0_gap(self.engine, self.reference, batch))
+        require_step0(gap, self.dtype, self.reference.remedy)
 
     def _say_hello(self, first: int) -> None:
         sizes = self._sizes
@@ -288,8 +285,7 @@ class Run:
                     "torch.", ""
                 ),
                 "trains": f"{count(sizes.trained)} ({sizes.trained / sizes.all:.2%}), {self._trained}",
-                "reference": self.config.reference_source
-                + (f" of {self.config.reference.path}" if self.config.reference.path else ""),
+                "reference": self._where_reference(),
                 "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
                 "layout": f"{self.layout} ({self._why_layout})",
                 "pairs": f"{plan.pairs_per_epoch} for training",
@@ -297,6 +293,14 @@ class Run:
                 "run": str(self.log.directory),
             }
         )
+
+    def _where_reference(self) -> str:
+        path, source = self.config.reference.path, self.config.reference_source
+        text = source + (f" of {path}" if path else "")
+        if isinstance(self.reference, StoredReference):
+            store = self.reference.store
+            return f"{len(store):,} stored pairs of {store.folder}; {text} for others"
+        return text
 
     # ---- between steps
 
@@ -336,7 +340,10 @@ class Run:
         self.log.ledger(step.number + 1, pairs, skipped)
 
     def _write_metrics(self, done: int, result: StepResult) -> None:
-        sums, num_pairs, extras = self.tally.reduce(self.throughput.extras())
+        forwards = self.reference.num_forwards - self._logged_forwards
+        self._logged_forwards = self.reference.num_forwards
+        sums, num_pairs, extras = self.tally.reduce([*self.throughput.extras(), forwards])
+        *extras, reference_forwards = extras
         grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
         rate = self.learning_rate(done - 1)
         row = {"step": done, "epoch": done / self.plan.steps_per_epoch}
@@ -344,6 +351,7 @@ class Run:
         row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
         row |= {"pairs_seen": self.totals.pairs_seen, **self.throughput.metrics(extras, num_pairs)}
         row |= {"skipped_steps": round(skipped), **self._skipped_rows()}
+        row |= {"reference_forwards": round(reference_forwards)}
         self.log.metrics(row)
         self.log.status("running", done)
         self.terminal.log(row, self.plan.num_steps, self.config.batch.pairs_per_step)
@@ -404,6 +412,7 @@ class Run:
         self.save(done)
         reasons = self.world.gather_objects(self.stop.reason if self.stop.is_requested else None)
         reason = next(reason for reason in reasons if reason is not None)
+        self.reference.close()
         self.log.status("stopped", done, 75, reason)
         self.terminal.say(f"stopped at step {done} of {self.plan.num_steps} ({reason}); the same command resumes")
 
@@ -423,8 +432,10 @@ class Run:
                 "steps": steps,
                 "pairs": self.totals.pairs_seen,
                 "seconds": seconds,
+                "reference_forwards": sum(count for (count,) in self.world.exchange([self.reference.num_forwards])),
             }
         )
+        self.reference.close()
         self.log.status("finished", steps, 0)
         if after:
             self.terminal.before_after(self.totals.eval_before, after)

@@ -146,14 +146,20 @@ class LoraSection:
 class ReferenceSection:
     """What the policy is held against: the model before training."""
 
-    mode: Literal["auto", "adapter_off", "frozen_copy"] = "auto"
-    """adapter_off: the policy without its LoRA adapter; frozen_copy: a second model; auto: the first one possible."""
+    mode: Literal["auto", "adapter_off", "frozen_copy", "stored"] = "auto"
+    """adapter_off: the policy without its LoRA adapter; frozen_copy: a second model; auto: the first one possible;
+    stored: as auto, but what was computed once, by any run, is read from a store."""
     path: str | None = None
     """Another model as the reference; none: the starting weights."""
     offload: bool = False
     """Keep the frozen copy's weights on the CPU between its forward passes."""
+    store: str | None = None
+    """Folder of stored log-probs, for all runs of this user; none: $XDG_CACHE_HOME/dpo/reference, or
+    ~/.cache/dpo/reference."""
 
     def __post_init__(self) -> None:
+        if self.mode != "stored":
+            unchanged(self, "reference", ("store",), f"reference.mode={self.mode}", "--reference.mode stored")
         if self.mode == "adapter_off":
             names, remedy = ("path", "offload"), "--reference.mode frozen_copy"
             unchanged(self, "reference", names, "reference.mode=adapter_off", remedy)
@@ -387,7 +393,7 @@ class Config:
 
     @property
     def reference_source(self) -> Literal["adapter_off", "frozen_copy"]:
-        """`reference.mode` with `auto` decided: adapter off for LoRA without a model of its own, else a frozen copy."""
-        if self.reference.mode != "auto":
+        """What computes: `reference.mode`, or adapter off for LoRA without a model of its own, else a frozen copy."""
+        if self.reference.mode in ("adapter_off", "frozen_copy"):
             return self.reference.mode
         return "adapter_off" if self.lora.r > 0 and self.reference.path is None else "frozen_copy"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dpo.world import World
 
     Train = Callable[[Run], bool]
+    Work = Callable[[World, StopRequest], bool]
 
 FINISHED, CONFIG, CHECKPOINT, PEER, STOPPED, UNEXPECTED = 0, 2, 3, 4, 75, 1
 
@@ -41,7 +42,7 @@ def session(config: Config, train: Train) -> int:
     stop = StopRequest(config.train.stop_after_steps)
     stop.listen()  # not before: a rank that waits for others in C++ would not hear its handlers
     log = RunLog(config, world)
-    code, reason = _run(config, world, log, stop, train)
+    code, reason = _outcome(lambda: _attempt(config, world, log, stop, train))
     if code not in (FINISHED, STOPPED):
         if log.is_open:
             log.status("failed", log.step, code, reason)
@@ -52,12 +53,33 @@ def session(config: Config, train: Train) -> int:
     return code
 
 
-def _run(config: Config, world: World, log: RunLog, stop: StopRequest, train: Train) -> tuple[int, str]:
+def tool_session(config: Config, work: Work) -> int:
+    """Run `work`, which keeps no run directory; returns the exit code of DESIGN's contract."""
+    _quiet()
+    from dpo.world import World
+
+    try:
+        world = World.start(config.parallel.device, sharded=config.parallel.engine in ("fsdp2", "deepspeed"))
+    except ConfigError as error:
+        _end(str(error), 0)
+        return CONFIG
+    stop = StopRequest(config.train.stop_after_steps)
+    stop.listen()
+    code, reason = _outcome(lambda: FINISHED if work(world, stop) else STOPPED)
+    if code not in (FINISHED, STOPPED):
+        _end(reason, world.rank)
+    if code in (FINISHED, STOPPED, CONFIG):
+        world.leave()
+    return code
+
+
+def _outcome(action: Callable[[], int]) -> tuple[int, str]:
+    """The exit code of an action, and why it failed."""
     from dpo.engine import CheckpointError
     from dpo.world import lost_a_peer
 
     try:
-        return _attempt(config, world, log, stop, train), ""
+        return action(), ""
     except (ConfigError, DataError) as error:
         return _note(CONFIG, error)
     except CheckpointError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data_utils.batching import idle_batch
@@ -28,6 +28,7 @@ class AgreedStep:
         skipped: this rank's among them.
         stop: some rank was asked to stop: save, and do not take this step.
         waited_s: seconds this rank waited for its data.
+        num_reference_forwards: forwards of the reference that all ranks have to make before the step.
     """
 
     number: int
@@ -38,6 +39,7 @@ class AgreedStep:
     skipped: tuple[RowError, ...]
     stop: bool
     waited_s: float
+    num_reference_forwards: int = 0
 
     @property
     def pair_weight(self) -> float:
@@ -45,8 +47,13 @@ class AgreedStep:
         return 1 / self.num_pairs if self.num_pairs else 0.0
 
 
-def agree(steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout) -> Iterator[AgreedStep]:
+def agree(
+    steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout, look_up: Callable[[Step], int] | None = None
+) -> Iterator[AgreedStep]:
     """Bring this rank's steps into line with all others': one small exchange over the CPU per step.
+
+    Args:
+        look_up: how many forwards of the reference this rank needs before a step.
 
     Raises:
         ValueError: on every rank, when any rank could not read its data.
@@ -54,8 +61,9 @@ def agree(steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout
     while True:
         step, error, waited_s = _next(steps)
         state = [0, 0, 0] if step is None else [step.num_pairs, len(step.micro_batches), len(step.skipped)]
-        rows = world.exchange([*state, int(stop.is_requested), int(error is not None)])
-        pairs, micro_steps, skipped, stops, failed = zip(*rows, strict=True)
+        forwards = look_up(step) if look_up is not None and step is not None else 0
+        rows = world.exchange([*state, int(stop.is_requested), int(error is not None), forwards])
+        pairs, micro_steps, skipped, stops, failed, reference_forwards = zip(*rows, strict=True)
         if any(failed):
             world.raise_together(error)
         if step is None:
@@ -70,6 +78,7 @@ def agree(steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout
             skipped=step.skipped,
             stop=any(stops),
             waited_s=waited_s,
+            num_reference_forwards=max(reference_forwards),
         )
 
 

@@ -49,10 +49,12 @@ class Terminal:
         progress.start()
         self._progress = progress
 
-    def advance(self, step: int) -> None:
-        """A step was taken."""
+    def advance(self, step: int, note: str | None = None) -> None:
+        """A step was taken; `note` is shown beside the bar."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step)
+            if note is not None:
+                self._progress.update(self._task, note=note)
 
     def log(self, row: Mapping[str, Any], num_steps: int, pairs_per_step: int) -> None:
         """A logged step."""

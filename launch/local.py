@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Run a script as several ranks on this machine: `python launch/local.py -n PROCS SCRIPT [arguments of the script]`.
+"""Run a script as several ranks on this machine: `python launch/local.py -n PROCS SCRIPT [arguments of the script]`,
+or a module: `python launch/local.py -n PROCS -m MODULE [arguments]`.
 
 What torchrun does not do, and the trainer's contract needs:
 - SIGTERM, SIGINT and SIGUSR1 to the launcher reach every rank, at once; the ranks then have all the time they need.
@@ -35,7 +36,7 @@ CRASH_GRACE_S = 1.2
 REFUSAL_GRACE_S = 15.0
 KEPT_LINES = 400
 PR_SET_PDEATHSIG = 1
-USAGE = "usage: python launch/local.py -n PROCS SCRIPT [arguments of the script]"
+USAGE = "usage: python launch/local.py -n PROCS SCRIPT [arguments of the script], or -m MODULE instead of SCRIPT"
 
 
 @dataclass
@@ -190,7 +191,10 @@ def explain(rank: Rank, command: list[str], num_ranks: int) -> None:
     if code in (UNEXPECTED, CONFIG, CHECKPOINT, PEER):
         return  # the rank has said so itself
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    again = shlex.join(["launch/local.sh", "-n", str(num_ranks), *command[2:]])
+    if command[1] == "-m":  # a tool; launch/local.sh starts the trainer only
+        again = shlex.join(["python", "launch/local.py", "-n", str(num_ranks), *command[1:]])
+    else:
+        again = shlex.join(["launch/local.sh", "-n", str(num_ranks), *command[2:]])
     print(
         f"error: rank {rank.number} on {socket.gethostname()} {how}, and the other ranks with it; to resume: {again}",
         file=sys.stderr,

@@ -58,24 +58,44 @@ TWO_RANKS = {
     "zero3_shared": [*SHARED, *deepspeed(3)],
     "zero3_shared_checkpointing": [*SHARED, *deepspeed(3), *SPLIT, *CHECKPOINTING],
 }
-MEMBERS = [*ONE_RANK, *TWO_RANKS]
+STORED_ONE_RANK = {"stored": [], "stored_padded": ["--batch.layout", "padded", *SPLIT]}
+STORED_TWO_RANKS = {"stored_fsdp2": [*FSDP2, *SPLIT], "stored_zero2": deepspeed(2), "stored_zero3": deepspeed(3)}
+STATES = ("cold", "warm", "gap")
+STORED = [f"{name}_{state}" for name in [*STORED_ONE_RANK, *STORED_TWO_RANKS] for state in STATES]
+MEMBERS = [*ONE_RANK, *TWO_RANKS, *STORED]
+
+
+def stored(lab: Lab, kind: str, name: str, *flags: str) -> list[list[str]]:
+    """Members that find their store empty, and full; and one whose store lacks two pairs, so that in the middle of
+    training one rank or both need the reference for the first time."""
+    stores = {"cold": "whole", "warm": "whole", "less": "gap", "gap": "gap"}
+    commands = {
+        state: lab.command(
+            *(f"{kind}-{name}_{state}", *flags, "--reference.mode", "stored"),
+            *("--reference.store", str(lab.folder / f"store-{kind}-{name}-{store}")),
+        )
+        for state, store in stores.items()
+    }
+    less = commands["less"]
+    less[less.index("--data.train") + 1] = str(lab.folder / "less.jsonl")
+    return list(commands.values())
 
 
 @pytest.fixture(scope="module")
 def trained(lab: Lab) -> Lab:
     """All members of both classes, trained."""
-    one = [
-        lab.command(f"{kind}-{name}", *common, *flags)
-        for kind, common in KINDS.items()
-        for name, flags in ({"single": PACKED} | ONE_RANK).items()
-    ]
-    two = [
-        lab.command(f"{kind}-{name}", *common, *flags)
-        for kind, common in KINDS.items()
-        for name, flags in TWO_RANKS.items()
-    ]
-    lab.train(1, *one)
-    lab.train(2, *two)
+    lines = (lab.folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (lab.folder / "less.jsonl").write_text("".join(lines[:-2]))
+    for num_ranks, members, with_store in (
+        (1, {"single": PACKED} | ONE_RANK, STORED_ONE_RANK),
+        (2, TWO_RANKS, STORED_TWO_RANKS),
+    ):
+        commands = []
+        for kind, common in KINDS.items():
+            commands += [lab.command(f"{kind}-{name}", *common, *flags) for name, flags in members.items()]
+            for name, flags in with_store.items():
+                commands += stored(lab, kind, name, *common, *flags)
+        lab.train(num_ranks, *commands)
     return lab
 
 
@@ -99,6 +119,18 @@ def test_every_member_follows_one_trajectory(trained: Lab, kind: str, member: st
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
         for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "learning_rate", "pairs_seen"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*STORED_ONE_RANK, *STORED_TWO_RANKS])
+def test_a_warm_store_asks_no_reference(trained: Lab, kind: str, name: str) -> None:
+    """Cold, only the first epoch's pairs and the held-out ones are computed; with a gap, only what is missing."""
+    cold, warm, gap = (
+        [row["reference_forwards"] for row in trained.training_rows(f"{kind}-{name}_{state}")] for state in STATES
+    )
+    assert cold[0] > 0 and sum(cold[4:]) == 0
+    assert sum(warm) == 0
+    assert 0 < sum(gap) < sum(cold) and sum(gap[4:]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,6 +72,9 @@ def test_lora_sets_its_own_learning_rate() -> None:
         ((), "frozen_copy"),
         (("--lora.r", "8"), "adapter_off"),
         (("--lora.r", "8", "--reference.path", "m2"), "frozen_copy"),
+        (("--reference.mode", "stored"), "frozen_copy"),
+        (("--lora.r", "8", "--reference.mode", "stored"), "adapter_off"),
+        (("--lora.r", "8", "--reference.mode", "stored", "--reference.path", "m2"), "frozen_copy"),
         (("--lora.r", "8", "--reference.mode", "frozen_copy", "--reference.offload", "true"), "frozen_copy"),
     ],
 )
@@ -200,6 +203,11 @@ def test_yaml_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("--reference.mode adapter_off", "reference.mode=adapter_off needs an adapter, but lora.r=0"),
         ("--lora.r 8 --reference.mode adapter_off --reference.path x", "reference.path does nothing with reference"),
         ("--lora.r 8 --reference.offload true", "reference.offload does nothing when the adapter is switched off"),
+        ("--reference.store s", "reference.store does nothing with reference.mode=auto: set --reference.mode stored"),
+        (
+            "--lora.r 8 --reference.mode stored --reference.offload true",
+            "reference.offload does nothing when the adapter is switched off",
+        ),
         ("--parallel.engine deepspeed", "needs --parallel.ds_config: ds_configs/zero1.json, zero2.json or zero3.json"),
         ("--parallel.ds_config x.json", "parallel.ds_config does nothing with parallel.engine=auto: set --parallel.en"),
         ("--parallel.engine single --parallel.shard_size 1", "parallel.shard_size does nothing with parallel.engine"),

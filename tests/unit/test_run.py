@@ -30,7 +30,7 @@ from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 METRICS = (
     "step epoch loss grad_norm learning_rate rewards/chosen rewards/rejected rewards/accuracies rewards/margins "
     "logps/chosen logps/rejected pairs_seen pairs_per_second tokens_per_second padding_fraction mfu peak_memory_gib "
-    "data_wait_fraction skipped_steps skipped_rows"
+    "data_wait_fraction skipped_steps skipped_rows reference_forwards"
 ).split()
 EVALUATION = (
     "step epoch eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins "

@@ -51,8 +51,8 @@ LONGEST_TASK_S = 240.0
 CPU_NOTE = "A run on a CPU: it shows that the suite works, and says nothing about any GPU."
 MFU_NOTE = (
     "mfu = pairs_per_second x model_flops_per_pair / dense bf16 peak; model FLOPs: 6 per trained and 4 per frozen "
-    "weight and token, the head at scored tokens only; attention scores, recompute and the reference's forward are "
-    "left out. mfu_in_metrics is the trainer's own, by the same count."
+    "weight and computed token (a shared prompt once), the head at scored tokens only; attention scores, recompute and "
+    "the reference's forward are left out. mfu_in_metrics is the trainer's own, by the same count."
 )
 
 
@@ -244,7 +244,8 @@ class Suite:
         rows, sums = self._rows(task.name), self.built["timed"]["sums"]
         if len(rows) < TIMED_STEPS // TIMED_WINDOW:
             return False, {"rows": len(rows)}, {}
-        per_pair = {key: sums[key] / sums["pairs"] for key in ("tokens", "scored")}
+        tokens = sums["tokens" if task.name.endswith("_packed") else "shared_tokens"]
+        per_pair = {"tokens": tokens / sums["pairs"], "scored": sums["scored"] / sums["pairs"]}
         name = self.record["hardware"]["device_name"]
         measured = throughput(rows, self.plan.size.timed, trained, per_pair, name)
         goal = MFU_GOAL.get(task.name)

@@ -99,26 +99,28 @@ class PairShape:
 
 @dataclass(frozen=True, slots=True)
 class PairSums:
-    """What was written: pairs, tokens of both sequences of all pairs, and scored tokens (responses with their EOS)."""
+    """What was written: pairs, tokens of both sequences of all pairs, the same with each prompt once, and scored tokens
+    (responses with their EOS)."""
 
     pairs: int
     tokens: int
+    shared_tokens: int
     scored: int
 
 
 def write_pairs(path: Path, num_pairs: int, shape: PairShape, vocabulary: int, seed: int = 0) -> PairSums:
     """A shard of plain-string pairs of random words; the same bytes for the same arguments."""
     random = Random(seed)
-    rows, tokens, scored = [], 0, 0
+    rows, prompts, scored = [], 0, 0
     for _ in range(num_pairs):
         prompt, chosen, rejected = (random.randint(*span) for span in (shape.prompt, shape.response, shape.response))
         sides = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         row = {side: " " + _words(random, length, vocabulary) for side, length in sides.items()}
         rows.append(json.dumps(row) + "\n")
-        tokens += 2 * prompt + chosen + rejected + 2
+        prompts += prompt
         scored += chosen + rejected + 2
     path.write_text("".join(rows))
-    return PairSums(num_pairs, tokens, scored)
+    return PairSums(num_pairs, 2 * prompts + scored, prompts + scored, scored)
 
 
 def _words(random: Random, length: int, vocabulary: int) -> str:

@@ -70,6 +70,7 @@ TIMED_MICRO_BATCH_TOKENS = 16_384
 
 PADDED = ["--batch.layout", "padded"]
 PACKED = ["--batch.layout", "packed"]
+SHARED = ["--batch.layout", "shared"]
 FSDP2 = ["--parallel.engine", "fsdp2"]
 CHECKPOINTING = ["--train.gradient_checkpointing", "true"]
 STOPPING = ["--train.stop_after_steps", "3"]
@@ -107,21 +108,24 @@ def members(split_tokens: int) -> dict[str, list[str]]:
     """Flags of every member of a class but for the yardstick, `single_padded`."""
     split = ["--batch.tokens_per_micro_batch", str(split_tokens)]
     return {
+        "single_shared": SHARED,
         "single_packed": PACKED,
-        "single_split": [*PACKED, *split],
-        "fsdp2": [*PACKED, *FSDP2],
-        "zero2": [*PACKED, *zero(2)],
-        "zero3": [*PACKED, *zero(3)],
-        "single_checkpointing": [*PACKED, *CHECKPOINTING],
+        "single_split": [*SHARED, *split],
+        "fsdp2": [*SHARED, *FSDP2],
+        "zero2": [*SHARED, *zero(2)],
+        "zero3": [*SHARED, *zero(3)],
+        "single_checkpointing": [*SHARED, *CHECKPOINTING],
         "single_padded_split": [*PADDED, *split],
-        "single_resumed": PACKED,
+        "single_resumed": SHARED,
         "fsdp2_padded_split": [*PADDED, *FSDP2, *split],
-        "fsdp2_checkpointing": [*PACKED, *FSDP2, *CHECKPOINTING],
-        "fsdp2_resumed": [*PACKED, *FSDP2],
-        "zero1": [*PACKED, *zero(1)],
+        "fsdp2_packed": [*PACKED, *FSDP2],
+        "fsdp2_checkpointing": [*SHARED, *FSDP2, *CHECKPOINTING],
+        "fsdp2_resumed": [*SHARED, *FSDP2],
+        "zero1": [*SHARED, *zero(1)],
         "zero2_split": [*PACKED, *zero(2), *split],
-        "zero3_checkpointing": [*PACKED, *zero(3), *CHECKPOINTING],
-        "zero3_resumed": [*PACKED, *zero(3)],
+        "zero3_packed": [*PACKED, *zero(3)],
+        "zero3_checkpointing": [*SHARED, *zero(3), *CHECKPOINTING],
+        "zero3_resumed": [*SHARED, *zero(3)],
     }
 
 
@@ -185,7 +189,7 @@ class Plan:
         command = [
             *self._command(name, "timed", dtype, trained, 1e-6 if trained == "full" else 1e-5),
             *("--batch.pairs_per_step", str(self.size.timed_pairs_per_step), "--log.every_steps", str(TIMED_WINDOW)),
-            *("--batch.tokens_per_micro_batch", str(TIMED_MICRO_BATCH_TOKENS), *PACKED, *flags),
+            *("--batch.tokens_per_micro_batch", str(TIMED_MICRO_BATCH_TOKENS), *SHARED, *flags),
         ]
         against = "" if engine == "single" else f"throughput/{trained}/single"
         return Task(name, "train", (tuple(command),), str(self.run_dir(name)), against, needs=_needs(flags))
@@ -194,7 +198,7 @@ class Plan:
         tasks = []
         for name, tokens in (("one", 10**6), ("split", self.size.split_tokens)):
             full = f"syncs/{name}"
-            flags = [*PACKED, "--batch.tokens_per_micro_batch", str(tokens)]
+            flags = [*SHARED, "--batch.tokens_per_micro_batch", str(tokens)]
             command = (*self._equal_command(full, "bfloat16", "full"), *flags)
             against = "" if name == "one" else "syncs/one"
             tasks.append(Task(full, "train", (command,), str(self.run_dir(full)), against, counts_syncs=True))
@@ -209,6 +213,8 @@ _TIMED: list[tuple[str, str, list[str]]] = [
     ("full", "zero3", zero(3)),
     ("lora", "fsdp2", FSDP2),
     ("full", "zero2", zero(2)),
+    ("full", "single_packed", PACKED),
+    ("lora", "single_packed", PACKED),
     ("full", "single_checkpointing", CHECKPOINTING),
 ]
 

@@ -125,8 +125,9 @@ def _attention(task: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
                 results[name] = attention_check.check(case, device, dtype)
             except RuntimeError as error:
                 results[name] = {"passed": False, "error": " ".join(str(error).split())[:400]}
+    documents = {"packed": attention_check.PACKED, "shared": attention_check.SHARED}
     tolerances = {str(dtype).removeprefix("torch."): value for dtype, value in attention_check.TOLERANCE.items()}
-    return {"cases": results, "tolerances": tolerances, "lengths": list(attention_check.LENGTHS)}
+    return {"cases": results, "tolerances": tolerances, "documents": documents}
 
 
 def _train(task: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From tokenized pairs to micro-batches of tensors. The layouts are `PairBatch`'s; both give the same numbers."""
+"""From tokenized pairs to micro-batches of tensors. The layouts are `PairBatch`'s; all give the same numbers."""
 
 from __future__ import annotations
 
@@ -12,47 +12,50 @@ from data_utils.schema import Layout, PairBatch, PairColumns, Spans, TokenizedPa
 
 
 def collate(pairs: Sequence[TokenizedPair], layout: Layout, pad_token_id: int) -> PairBatch:
-    """One micro-batch of whole pairs: all the chosen sequences, then all the rejected ones.
+    """One micro-batch of whole pairs; its sequences are all the chosen ones, then all the rejected ones.
 
-    One pair of prompt [1, 2], chosen [3, 4] and rejected [5] gives, packed,
+    One pair of prompt [1, 2], chosen [3, 4] and rejected [5, 6] gives, shared,
 
-        input_ids_RT       [[1, 2, 3, 4, 1, 2, 5]]
-        position_ids_RT    [[0, 1, 2, 3, 0, 1, 2]]
+        input_ids_RT       [[1, 2, 3, 4, 5, 6]]
+        position_ids_RT    [[0, 1, 2, 3, 2, 3]]
         attention_mask_RT  None
-        score_positions_N  [1, 2, 5]
-        labels_N           [3, 4, 5]
-        sequence_of_N      [0, 0, 1]
+        score_positions_N  [1, 2, 1, 4]
+        documents          ((4, 0), (2, 2))
 
-    and padded, with pad_token_id 0,
+    packed,
+
+        input_ids_RT       [[1, 2, 3, 4, 1, 2, 5, 6]]
+        position_ids_RT    [[0, 1, 2, 3, 0, 1, 2, 3]]
+        attention_mask_RT  None
+        score_positions_N  [1, 2, 5, 6]
+        documents          ((4, 0), (4, 0))
+
+    and padded, with pad_token_id 0 and only [5] for the rejected response,
 
         input_ids_RT       [[1, 2, 3, 4],  position_ids_RT [[0, 1, 2, 3],  attention_mask_RT [[1, 1, 1, 1],
                             [1, 2, 5, 0]]                   [0, 1, 2, 0]]                     [1, 1, 1, 0]]
         score_positions_N  [1, 2, 5]
-        labels_N           [3, 4, 5]
-        sequence_of_N      [0, 0, 1]
 
-    Both have sequence_lengths (4, 3) and response_lengths_S [2, 1]. Of a response of several turns only the scored
-    spans count: with rejected [5, 6, 7] and rejected_scored ((0, 1), (2, 3)) the labels would be [3, 4, 5, 7].
+    The first two have sequence_lengths (4, 4), prompt_lengths (2,), labels_N [3, 4, 5, 6], sequence_of_N [0, 0, 1, 1]
+    and response_lengths_S [2, 2]; the last one (4, 3), (2,), [3, 4, 5], [0, 0, 1] and [2, 1]. Of a response of several
+    turns only the scored spans count: with rejected_scored ((1, 2),) the labels would be [3, 4, 6].
     """
-    prompts = [pair.prompt_ids for pair in pairs] * 2
+    prompts = [pair.prompt_ids for pair in pairs]
     responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    sequences = [prompt + response for prompt, response in zip(prompts * 2, responses, strict=True)]
     spans = [_scored(pair.chosen_scored, pair.chosen_ids) for pair in pairs]
     spans += [_scored(pair.rejected_scored, pair.rejected_ids) for pair in pairs]
     num_scored = [sum(end - start for start, end in scored) for scored in spans]
-    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    lengths = tuple(map(len, sequences))
-    if layout == "packed":
-        offsets = list(accumulate(lengths[:-1], initial=0))
-        input_ids, position_ids, attention_mask = _packed_rows(sequences)
-    else:
-        offsets = [row * max(lengths) for row in range(len(sequences))]
-        input_ids, position_ids, attention_mask = _padded_rows(sequences, pad_token_id)
+    lengths, prompt_lengths = tuple(map(len, sequences)), tuple(map(len, prompts))
+    places = sequence_places(layout, lengths, prompt_lengths)
+    input_ids, position_ids, attention_mask = _rows(layout, sequences, places, pad_token_id)
     return PairBatch(
         input_ids_RT=input_ids,
         position_ids_RT=position_ids,
         attention_mask_RT=attention_mask,
         sequence_lengths=lengths,
-        score_positions_N=_score_positions(offsets, prompts, spans),
+        prompt_lengths=prompt_lengths,
+        score_positions_N=_score_positions(places, prompt_lengths * 2, spans),
         labels_N=_labels(responses, spans),
         sequence_of_N=torch.repeat_interleave(torch.tensor(num_scored)),
         response_lengths_S=torch.tensor(num_scored, dtype=torch.float32),
@@ -63,33 +66,57 @@ def collate(pairs: Sequence[TokenizedPair], layout: Layout, pad_token_id: int) -
     )
 
 
-def _packed_rows(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, None]:
-    input_ids = torch.tensor(list(chain.from_iterable(sequences)))
-    position_ids = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
-    return input_ids[None], position_ids[None], None
+def sequence_places(
+    layout: Layout, sequence_lengths: Sequence[int], prompt_lengths: Sequence[int]
+) -> list[torch.Tensor]:
+    """Where the tokens of each of the S sequences lie in the flat batch: S int64 tensors, each ascending."""
+    if layout == "shared":
+        return _shared_places(sequence_lengths, prompt_lengths)
+    if layout == "packed":
+        offsets = list(accumulate(sequence_lengths[:-1], initial=0))
+    else:
+        offsets = [row * max(sequence_lengths) for row in range(len(sequence_lengths))]
+    starts = zip(offsets, sequence_lengths, strict=True)
+    return [torch.arange(offset, offset + length) for offset, length in starts]
 
 
-def _padded_rows(
-    sequences: list[list[int]], pad_token_id: int
+def _shared_places(sequence_lengths: Sequence[int], prompt_lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Pair by pair: prompt and chosen are contiguous, the rejected response lies behind them."""
+    chosen_places, rejected_places = [], []
+    offset, num_pairs = 0, len(prompt_lengths)
+    halves = sequence_lengths[:num_pairs], sequence_lengths[num_pairs:]
+    for prompt, chosen, rejected in zip(prompt_lengths, *halves, strict=True):
+        branch, end = offset + chosen, offset + chosen + rejected - prompt
+        chosen_places.append(torch.arange(offset, branch))
+        rejected_places.append(torch.cat([torch.arange(offset, offset + prompt), torch.arange(branch, end)]))
+        offset = end
+    return chosen_places + rejected_places
+
+
+def _rows(
+    layout: Layout, sequences: list[list[int]], places: list[torch.Tensor], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    lengths_R1 = torch.tensor([[len(sequence)] for sequence in sequences])
-    longest = int(lengths_R1.max())
-    input_ids = torch.tensor([sequence + [pad_token_id] * (longest - len(sequence)) for sequence in sequences])
-    places_T = torch.arange(longest)
-    is_real_RT = places_T < lengths_R1
-    attention_mask = None if bool(is_real_RT.all()) else is_real_RT.long()
-    return input_ids, places_T * is_real_RT, attention_mask
+    """Token ids, positions and attention mask; what two sequences share is written twice, alike."""
+    flat = torch.cat(places)
+    longest = max(map(len, sequences))
+    shape = (len(sequences), longest) if layout == "padded" else (1, int(flat.max()) + 1)
+    input_ids, position_ids, is_real = torch.full(shape, pad_token_id), torch.zeros(shape).long(), torch.zeros(shape)
+    input_ids.view(-1)[flat] = torch.tensor(list(chain.from_iterable(sequences)))
+    position_ids.view(-1)[flat] = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
+    is_real.view(-1)[flat] = 1
+    return input_ids, position_ids, None if bool(is_real.all()) else is_real.long()
 
 
 def _scored(spans: Spans | None, response: list[int]) -> Spans:
     return ((0, len(response)),) if spans is None else spans
 
 
-def _score_positions(offsets: list[int], prompts: list[list[int]], spans: list[Spans]) -> torch.Tensor:
+def _score_positions(places: list[torch.Tensor], prompt_lengths: Sequence[int], spans: list[Spans]) -> torch.Tensor:
     """(N,) the position before each scored token: the last prompt token predicts the first one of the response."""
-    before = [offset + len(prompt) - 1 for offset, prompt in zip(offsets, prompts, strict=True)]
-    places = zip(before, spans, strict=True)
-    return torch.cat([torch.arange(o + start, o + end) for o, scored in places for start, end in scored])
+    sequences = zip(places, prompt_lengths, spans, strict=True)
+    return torch.cat(
+        [place[prompt - 1 + start : prompt - 1 + end] for place, prompt, scored in sequences for start, end in scored]
+    )
 
 
 def _labels(responses: list[list[int]], spans: list[Spans]) -> torch.Tensor:
@@ -122,17 +149,22 @@ def pack(pairs: Sequence[TokenizedPair], layout: Layout, tokens_per_micro_batch:
 
     A pair larger than the budget is a micro-batch of its own. Deterministic; every pair comes exactly once.
     """
-    if layout == "packed":
-        return _pack_best_fit(pairs, tokens_per_micro_batch)
-    return _pack_by_length(pairs, tokens_per_micro_batch)
+    if layout == "padded":
+        return _pack_by_length(pairs, tokens_per_micro_batch)
+    return _pack_best_fit(pairs, layout, tokens_per_micro_batch)
 
 
-def _pack_best_fit(pairs: Sequence[TokenizedPair], budget: int) -> list[list[TokenizedPair]]:
+def _cost(pair: TokenizedPair, layout: Layout) -> int:
+    """Tokens of a pair in one row: 2P + C + R packed, P + C + R shared."""
+    return sum(pair.sequence_lengths) - (len(pair.prompt_ids) if layout == "shared" else 0)
+
+
+def _pack_best_fit(pairs: Sequence[TokenizedPair], layout: Layout, budget: int) -> list[list[TokenizedPair]]:
     """Best-fit decreasing: longest first, each into the fullest micro-batch that still has room."""
     batches: list[list[TokenizedPair]] = []
     rooms: list[int] = []
-    for pair in sorted(pairs, key=lambda pair: -sum(pair.sequence_lengths)):
-        cost = sum(pair.sequence_lengths)
+    for pair in sorted(pairs, key=lambda pair: -_cost(pair, layout)):
+        cost = _cost(pair, layout)
         fitting = [number for number, room in enumerate(rooms) if room >= cost]
         if fitting:
             number = min(fitting, key=rooms.__getitem__)

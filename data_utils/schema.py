@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Tool = dict[str, Any]
 Text = str | list[Message]
-Layout = Literal["padded", "packed"]
+Layout = Literal["padded", "packed", "shared"]
 Spans = tuple[tuple[int, int], ...]
 
 
@@ -100,22 +100,26 @@ class TokenizedPair:
 class PairBatch:
     """One micro-batch of B whole pairs, in any layout.
 
-    Sequence s < B is pair s's prompt + chosen, sequence B + s its prompt + rejected. Both layouts read alike: the
+    Sequence s < B is pair s's prompt + chosen, sequence B + s its prompt + rejected. All layouts read alike: the
     hidden state at flat position `score_positions_N[n]` predicts token `labels_N[n]`, which belongs to sequence
     `sequence_of_N[n]`, so that `logps_S = zeros(S).index_add(0, sequence_of_N, token_logps_N)`.
 
     Attributes:
-        input_ids_RT: (R, T) token ids. padded: R = S rows, padded on the right; packed: R = 1, sequences end to end.
-        position_ids_RT: (R, T), restarting at 0 with each sequence; 0 on padding.
+        input_ids_RT: (R, T) token ids. padded: R = S rows, padded on the right; packed: R = 1, sequences end to end;
+            shared: R = 1, prompt, chosen and rejected of each pair end to end.
+        position_ids_RT: (R, T) places within the sequence: 0 at its start and on padding; in a shared row the rejected
+            response goes on from the prompt, as the chosen one does.
         attention_mask_RT: (R, T) of 0/1, or None where there is no padding.
         sequence_lengths: tokens of each of the S sequences, in the order in which they lie in a packed row.
-        score_positions_N, labels_N, sequence_of_N: (N,) see above; ascending by position.
+        prompt_lengths: tokens of each of the B prompts.
+        score_positions_N, labels_N, sequence_of_N: (N,) see above; sequence by sequence. In a shared row the last token
+            of a prompt predicts the first one of both responses, so its position comes twice.
         response_lengths_S: (S,) scored tokens of each sequence, float32.
         weight_B: (B,) float32, 1 where the row names none, 0 in an idle batch.
         beta_B, margin_B, label_B: (B,) float32, NaN where the row names none.
         index_B: the pairs' global row numbers; -1 in an idle batch.
         sources: the pairs' source names.
-        layout: "padded" or "packed".
+        layout: "padded", "packed" or "shared".
         reference_logps_S: (S,) float32, log-probs under the reference, where they are known before any model is run.
     """
 
@@ -123,6 +127,7 @@ class PairBatch:
     position_ids_RT: torch.Tensor
     attention_mask_RT: torch.Tensor | None
     sequence_lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
     score_positions_N: torch.Tensor
     labels_N: torch.Tensor
     sequence_of_N: torch.Tensor
@@ -148,13 +153,29 @@ class PairBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, without padding."""
-        return sum(self.sequence_lengths)
+        """Real tokens that the model computes, without padding; a shared row holds each prompt once."""
+        return sum(self.sequence_lengths) - (sum(self.prompt_lengths) if self.layout == "shared" else 0)
 
     @property
     def num_slots(self) -> int:
         """Token positions that the model computes, padding included."""
         return self.input_ids_RT.numel()
+
+    @property
+    def documents(self) -> tuple[tuple[int, int], ...]:
+        """(tokens, prefix) of each document of the one row that a packed or shared batch is, in order.
+
+        A document of prefix n goes on from the first n tokens of the document before it, and sees them as well as
+        itself: in a shared row (P + C, 0) and (R, P) for each pair, in a packed one (length, 0) for each sequence.
+        """
+        assert self.layout != "padded"
+        if self.layout == "packed":
+            return tuple((length, 0) for length in self.sequence_lengths)
+        halves = self.sequence_lengths[: self.num_pairs], self.sequence_lengths[self.num_pairs :]
+        pairs = zip(self.prompt_lengths, *halves, strict=True)
+        return tuple(
+            document for prompt, chosen, rejected in pairs for document in ((chosen, 0), (rejected - prompt, prompt))
+        )
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch with its tensors on `device` (asynchronously from pinned memory)."""

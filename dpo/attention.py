@@ -1,15 +1,21 @@
-"""Attention over a packed row: each document attends to itself alone.
+"""Attention over one row of documents, which sees each prompt once where two responses follow it.
 
-Registered with transformers' attention registry, so that no model file is patched; the lengths of the documents reach
-every layer as a keyword argument of the model call (also through PEFT and gradient checkpointing). transformers must
-never be left to infer documents from `position_ids`.
+A packed row holds whole sequences, each of which attends to itself alone. A shared row holds prompt, chosen and
+rejected of each pair: the rejected response goes on from the prompt, so that its queries attend to the prompt's keys
+and their own, aligned at the end. Both are one thing here: documents, some of which continue the one before.
+
+Registered with transformers' attention registry, so that no model file is patched; the documents reach every layer as a
+keyword argument of the model call (also through PEFT and gradient checkpointing). transformers must never be left to
+infer documents from `position_ids`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,24 +28,79 @@ _LARGEST_FLASH_HEAD = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Kernel:
+    """Variable-length attention of many documents in one call.
+
+    Attributes:
+        attend: (query (Tq, heads, D), key and value (Tk, kv_heads, D), Spread, scale, window) -> (Tq, heads, D).
+            Causal, each document's queries aligned with the end of its keys: query i of Q sees key j of K when
+            0 <= (K - Q + i) - j < window.
+        fits: whether it takes this query and value, (1, heads, T, D) each.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor, Spread, float, int | None], Tensor]
+    fits: Callable[[Tensor, Tensor], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Documents as a kernel takes them, on the model's device.
+
+    Attributes:
+        query_offsets, key_offsets: (documents + 1,) int32 cumulative lengths of the documents' queries and keys.
+        longest_query, longest_key: tokens.
+        key_places: (Tk,) where each key lies in the row, prefixes again for each document that continues them; None
+            where the keys are the row as it is.
+    """
+
+    query_offsets: Tensor
+    key_offsets: Tensor
+    longest_query: int
+    longest_key: int
+    key_places: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Documents:
     """Documents that lie end to end in one row.
 
     Attributes:
         lengths: tokens of each.
-        cumulative: (documents + 1,) int32 offsets on the model's device, for variable-length kernels; None on CPU.
+        prefixes: how many first tokens of the document before it each one continues; 0: it stands alone.
+        kernel, spread: the device's variable-length kernel and what it needs; None on the CPU.
     """
 
     lengths: tuple[int, ...]
-    cumulative: Tensor | None
+    prefixes: tuple[int, ...]
+    kernel: Kernel | None = None
+    spread: Spread | None = None
 
     @staticmethod
-    def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
-        """The documents of a packed row on `device`."""
-        if device.type != "cuda":
-            return Documents(lengths, None)
-        offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Documents(lengths, offsets.pin_memory().to(device, non_blocking=True))
+    def of(documents: tuple[tuple[int, int], ...], device: torch.device) -> Documents:
+        """The documents of a row (`PairBatch.documents`) on `device`."""
+        lengths, prefixes = zip(*documents, strict=True)
+        kernel = KERNELS.get(device.type)
+        return Documents(lengths, prefixes, kernel, None if kernel is None else _spread(lengths, prefixes, device))
+
+
+def _spread(lengths: tuple[int, ...], prefixes: tuple[int, ...], device: torch.device) -> Spread:
+    """Made on the host in one tensor, so that it takes one copy that nothing waits for."""
+    key_lengths = [length + prefix for length, prefix in zip(lengths, prefixes, strict=True)]
+    starts = list(accumulate(lengths, initial=0))
+    parts = [torch.tensor(starts), torch.tensor((0, *key_lengths)).cumsum(0)]
+    if any(prefixes):
+        for number, prefix in enumerate(prefixes):
+            before = starts[number - 1]
+            parts += [torch.arange(before, before + prefix), torch.arange(starts[number], starts[number + 1])]
+    together = torch.cat(parts).to(torch.int32)
+    if device.type == "cuda":
+        together = together.pin_memory().to(device, non_blocking=True)
+    size = len(starts)
+    query_offsets, key_offsets, places = together[:size], together[size : 2 * size], together[2 * size :]
+    return Spread(query_offsets, key_offsets, max(lengths), max(key_lengths), places if any(prefixes) else None)
+
+
+# ---- document by document
 
 
 def _explicit_attention(
@@ -53,7 +114,7 @@ def _explicit_attention(
 ) -> Tensor:
     """Scores written out, for soft caps (Gemma 2) and attention sinks (gpt-oss), which fused kernels do not offer.
 
-    query (1, heads, L, D); key, value (1, kv_heads, L, D); allowed (L, L) bool; sinks (heads,) or None.
+    query (1, heads, L, D); key, value (1, kv_heads, K, D); allowed (L, K) bool; sinks (heads,) or None.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -69,10 +130,11 @@ def _explicit_attention(
     return weights[..., : key.shape[2]] @ value
 
 
-def _causal(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: key j is visible to query i when 0 <= i - j < window."""
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return allowed if window is None else allowed.triu(1 - window)
+def _causal(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, K) bool: key j is visible to query i when 0 <= (K - L + i) - j < window."""
+    shift = num_keys - num_queries
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(shift)
+    return allowed if window is None else allowed.triu(shift + 1 - window)
 
 
 def _one_document(
@@ -84,21 +146,60 @@ def _one_document(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention within one document: (1, heads, L, D)."""
-    length = query.shape[2]
-    window = window if window is not None and window < length else None
+    """Causal attention of a document's queries to its keys, aligned at the end: (1, heads, L, D)."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    window = window if window is not None and window < num_keys else None
     if softcap is not None or sinks is not None:
-        return _explicit_attention(query, key, value, _causal(length, window, query.device), scale, softcap, sinks)
-    mask = None if window is None else _causal(length, window, query.device)
+        allowed = _causal(num_queries, num_keys, window, query.device)
+        return _explicit_attention(query, key, value, allowed, scale, softcap, sinks)
+    is_square, is_one = num_queries == num_keys, num_queries == 1  # a single query sees all keys: no mask
+    needs_mask = window is not None or not (is_square or is_one)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
-        is_causal=mask is None and length > 1,
+        attn_mask=_causal(num_queries, num_keys, window, query.device) if needs_mask else None,
+        is_causal=not needs_mask and not is_one,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One call per document; no mask is larger than a document: (1, T, heads, D)."""
+    queries, keys, values = (tensor.split(documents.lengths, dim=2) for tensor in (query, key, value))
+    attended = []
+    for number, prefix in enumerate(documents.prefixes):
+        seen, shown = keys[number], values[number]
+        if prefix:
+            seen = torch.cat([keys[number - 1][:, :, :prefix], seen], dim=2)
+            shown = torch.cat([values[number - 1][:, :, :prefix], shown], dim=2)
+        attended.append(_one_document(queries[number], seen, shown, scale, window, softcap, sinks))
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
+
+
+# ---- all documents in one call
+
+
+def _in_one_call(
+    query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, spread: Spread, scale: float, window: int | None
+) -> Tensor:
+    """All documents in one variable-length call: (1, T, heads, D)."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if spread.key_places is not None:
+        # Backward adds two terms at most (own document, and the one that continues it), so its order is no matter.
+        key, value = (tensor.index_select(0, spread.key_places) for tensor in (key, value))
+    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+    return kernel.attend(query, key, value, spread, scale, window)[None]
 
 
 @cache
@@ -110,27 +211,25 @@ def _grouped_heads() -> dict[str, Any]:
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
-def _fits_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernels take this dtype and these heads."""
+def _flash(query: Tensor, key: Tensor, value: Tensor, spread: Spread, scale: float, window: int | None) -> Tensor:
+    """torch's own variable-length flash attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = (spread.query_offsets, spread.key_offsets, spread.longest_query, spread.longest_key)
+    left = -1 if window is None else window - 1
+    attended = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(left, 0), **_grouped_heads())
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def _fits_flash(query: Tensor, value: Tensor) -> bool:
     size = query.shape[-1]
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and size == value.shape[-1] and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None
-) -> Tensor:
-    """All documents in one variable-length flash call (CUDA, 16-bit): (1, T, heads, D)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    assert documents.cumulative is not None
-    longest = max(documents.lengths)
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    lengths = (documents.cumulative, documents.cumulative, longest, longest)
-    left = -1 if window is None else window - 1
-    attended = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(left, 0), **_grouped_heads())
-    assert isinstance(attended, Tensor)
-    return attended[None]
+KERNELS: dict[str, Kernel] = {"cuda": Kernel(_flash, _fits_flash)}
+"""The variable-length kernel of each type of device that has one."""
 
 
 def documents_attention(
@@ -149,22 +248,68 @@ def documents_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; query (1, heads, T, D), key and value (1, kv_heads, T, D).
 
-    Without `documents` the row is one document. Sliding windows, soft caps and sinks arrive as transformers sends them.
+    Without `documents` the row is one document. Sliding windows, soft caps and sinks arrive as transformers sends them;
+    a window counts keys of the document, which are as far from each other as their positions.
 
     Returns:
         (1, T, heads, D) and no weights.
     """
     assert query.shape[0] == 1 and dropout == 0.0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    documents = documents or Documents.of((query.shape[2],), query.device)
-    is_plain = softcap is None and s_aux is None
-    if documents.cumulative is not None and is_plain and _fits_varlen(query, value):
-        return _varlen(query, key, value, documents, scale, sliding_window), None
-    parts = zip(*(tensor.split(documents.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [_one_document(q, k, v, scale, sliding_window, softcap, s_aux) for q, k, v in parts]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    documents = documents or Documents.of(((query.shape[2], 0),), query.device)
+    kernel, spread = documents.kernel, documents.spread
+    if kernel is not None and spread is not None and softcap is None and s_aux is None and kernel.fits(query, value):
+        return _in_one_call(query, key, value, kernel, spread, scale, sliding_window), None
+    return _one_by_one(query, key, value, documents, scale, sliding_window, softcap, s_aux), None
 
 
 def register() -> None:
     """Make `DOCUMENTS` a name that `model.set_attn_implementation` knows; no mask function, so no mask is built."""
     AttentionInterface.register(DOCUMENTS, documents_attention)
+
+
+# ---- the check of the kernel
+
+_CHECKED = {False: ((150, 0), (70, 0), (1, 0), (3, 0)), True: ((150, 0), (70, 130), (3, 0), (1, 2), (2, 0), (5, 1))}
+_CHECKED_WINDOW = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Sizes of an attention layer."""
+
+    query: int
+    key: int
+    size: int
+
+
+def kernel_error(heads: Heads, with_prefixes: bool, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest error of the device's kernel against SDPA document by document in float32, output and gradients, with and
+    without a sliding window, relative to their largest element; 0 where no kernel would be used.
+
+    A kernel that aligns causal masks at the start of keys, not at their end, has an error of the order of 1.
+    """
+    documents = Documents.of(_CHECKED[with_prefixes], device)
+    generator = torch.Generator().manual_seed(0)
+    total = sum(documents.lengths)
+    shapes = [(1, number, total, heads.size) for number in (heads.query, heads.key, heads.key)]
+    shapes.append((1, total, heads.query, heads.size))
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    kernel = documents.kernel
+    if kernel is None or not kernel.fits(inputs[0], inputs[2]):
+        return 0.0
+    alone = Documents(documents.lengths, documents.prefixes)
+    errors = []
+    for window in (None, _CHECKED_WINDOW):
+        ours = _with_gradients(inputs, documents, window)
+        exact = _with_gradients([tensor.float() for tensor in inputs], alone, window)
+        errors += [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact, strict=True)]
+    return max(errors)
+
+
+@torch.enable_grad()
+def _with_gradients(inputs: list[Tensor], documents: Documents, window: int | None) -> list[Tensor]:
+    """The output and the gradients of query, key and value for the last of `inputs` as the output's gradient."""
+    query, key, value = leaves = [leaf.detach().requires_grad_() for leaf in inputs[:3]]
+    output, _ = documents_attention(nn.Identity(), query, key, value, None, sliding_window=window, documents=documents)
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs[3])]

@@ -23,7 +23,7 @@ from data_utils.skipped import Skipped
 from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
 from dpo.engine import Engine, Scorer
-from dpo.gates import require_scoring, scoring_gap
+from dpo.gates import FALLBACKS, GateError, kernel_error, require_kernel, require_scoring, scoring_gap
 from dpo.policy import Pretrained, add_lora, can_pack, evaluating
 from dpo.world import World
 
@@ -116,49 +116,61 @@ def max_length(config: Config, source: Pretrained) -> int:
     return config.data.max_length if positions is None else min(config.data.max_length, positions)
 
 
-def choose_layout(config: Config, source: Pretrained) -> tuple[Layout, str]:
-    """`batch.layout` with auto decided by the model, and why; also refuses LoRA targets and heads.
+def choose_layout(config: Config, source: Pretrained, reference: Pretrained) -> tuple[Layout, str]:
+    """`batch.layout` with auto decided by the models' configurations, and why; also refuses LoRA targets and heads.
 
     Raises:
-        ConfigError: packed rows were asked for and the model's layers carry state; LoRA targets match nothing; the
-            output head cannot be scored.
+        ConfigError: shared or packed rows were asked for and layers of the policy or of the reference carry state; LoRA
+            targets match nothing; the output head cannot be scored.
     """
     model = source.empty(torch.float32)
-    packs = can_pack(model)
     _check_head(config, model)
-    if config.batch.layout == "packed" and not packs:
+    models = {source.path: model}
+    if reference.path != source.path:
+        models[reference.path] = reference.empty(torch.float32)
+    stateful = [path for path, model in models.items() if not can_pack(model)]
+    asked = config.batch.layout
+    if asked in ("shared", "packed") and stateful:
         raise ConfigError(
-            f"batch.layout=packed: layers of {config.model.path} carry state across rows: set --batch.layout padded"
+            f"batch.layout={asked}: layers of {stateful[0]} carry state across a row: set --batch.layout padded"
         )
-    if config.batch.layout != "auto":
-        return config.batch.layout, "as asked"
+    if asked != "auto":
+        return asked, "as asked"
     if config.model.attn_implementation is not None:
         return "padded", "since model.attn_implementation is set"
-    return ("packed", "no padding") if packs else ("padded", "the model's layers cannot keep packed rows apart")
+    if stateful:
+        return "padded", f"layers of {stateful[0]} carry state across a row"
+    return "shared", "each prompt once, no padding"
 
 
 def settle_layout(config: Config, source: Pretrained, engine: Engine, dtype: torch.dtype, world: World) -> str:
-    """Hold our scoring against the model's own logits; with `batch.layout=auto` the engine falls back to padded rows
-    where packed ones are wrong. Returns why it did, or nothing.
+    """Hold attention kernel and scoring against what they should give; with `batch.layout=auto` the engine falls back
+    from layout to layout. Returns why it did, or nothing.
 
     Raises:
-        GateError: we do not score as the model does.
+        GateError: on every rank, when a layout that was asked for, or the last one, gives wrong numbers on any.
     """
 
-    def gap() -> float:
-        return max(world.gather_objects(scoring_gap(engine, source.text_config.vocab_size, world.device)))
+    def worst(gap: float) -> float:
+        return max(world.gather_objects(gap))
 
-    layout = engine.policy.layout
-    try:
-        require_scoring(gap(), dtype, config.model.path, layout)
-    except ConfigError as error:
-        if layout == "padded" or config.batch.layout != "auto":
-            raise
-        logger.warning("packed rows: %s", error)
-        engine.policy.use_layout("padded")
-        require_scoring(gap(), dtype, config.model.path, "padded")
-        return "packed rows did not give the model's own log-probs"
-    return ""
+    failed: list[str] = []
+    remaining = iter(FALLBACKS[engine.policy.layout] if config.batch.layout == "auto" else ())
+    while True:
+        layout = engine.policy.layout
+        try:
+            require_kernel(worst(kernel_error(engine.policy, world.device, dtype)), dtype, layout)
+            gap = worst(scoring_gap(engine, source.text_config.vocab_size, world.device))
+            require_scoring(gap, dtype, config.model.path, layout)
+        except GateError as error:
+            fallback = next(remaining, None)
+            if fallback is None:
+                raise
+            logger.warning("%s rows: %s", layout, error)
+            failed.append(layout)
+            engine.policy.use_layout(fallback)
+            continue
+        return f"{' and '.join(failed)} rows did not pass the check at the start" if failed else ""
 
 
 def _check_head(config: Config, model: PreTrainedModel) -> None:

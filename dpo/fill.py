@@ -102,7 +102,7 @@ def _reference(
     tokenizer = open_tokenizer(config)
     making = making_facts(tokenizer, max_length(config, policy))
     alone = _alone(config)
-    layout, _ = choose_layout(alone, source)
+    layout, _ = choose_layout(alone, source, source)
     dtype = compute_dtype(config.model.dtype, world.device)
     opened = open_store(config, source, making, dtype, world, terminal.say)
     ds_json = None if config.parallel.ds_config is None else read_ds_json(config.parallel.ds_config)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from data_utils.batching import collate
 from data_utils.schema import Layout, PairBatch, PairColumns, TokenizedPair
+from dpo import attention
 from dpo.config import ConfigError
 from dpo.engine import Engine
 from dpo.logps import mean_gap
-from dpo.policy import evaluating
+from dpo.policy import Policy, evaluating
 
 if TYPE_CHECKING:
     from dpo.reference import Reference
 
+logger = logging.getLogger("dpo")
+
 SCORING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Nats per token between our scoring and the model's own logits, which bf16 models round to 8 bits."""
+KERNEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Error of a variable-length attention kernel, relative to its largest output or gradient: a hundredth by rounding in
+bf16, about 1 where documents are aligned elsewhere."""
+FALLBACKS: dict[Layout, tuple[Layout, ...]] = {
+    "shared": ("packed", "padded"),
+    "packed": ("padded",),
+    "padded": (),
+}
+"""What `auto` tries when a layout fails the checks at the start."""
 STEP0_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 """Nats per token between policy and reference before the first step."""
 
@@ -33,6 +47,37 @@ def probe_batch(vocabulary: int, layout: Layout) -> PairBatch:
     first = TokenizedPair(tokens[:5], tokens[5:9], tokens[9:15], PairColumns(), "probe", 0)
     second = TokenizedPair(tokens[15:18], tokens[18:25], tokens[25:27], PairColumns(), "probe", 1)
     return collate([first, second], layout, pad_token_id=0)
+
+
+def kernel_error(policy: Policy, device: torch.device, dtype: torch.dtype) -> float:
+    """Error of the variable-length kernel that a policy's layout would use on this rank's device; 0 without one,
+    infinite where it does not run (flash attention wants a GPU of 2020 or later)."""
+    if policy.layout == "padded":
+        return 0.0
+    config = policy.causal_lm.config.get_text_config()
+    num_heads = config.num_attention_heads
+    num_key_heads = getattr(config, "num_key_value_heads", None) or num_heads  # GPT-NeoX has none
+    size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    heads = attention.Heads(num_heads, num_key_heads, size)
+    try:
+        return attention.kernel_error(heads, policy.layout == "shared", device, dtype)
+    except RuntimeError as error:
+        logger.warning("variable-length attention: %s", str(error).strip().split("\n")[0])
+        return math.inf
+
+
+def require_kernel(error: float, dtype: torch.dtype, layout: Layout) -> None:
+    """Refuse a layout whose attention kernel does something else than it should on this device.
+
+    Raises:
+        GateError: the error exceeds the tolerance of the dtype.
+    """
+    if not error <= KERNEL_TOLERANCE[dtype]:
+        raise GateError(
+            f"batch.layout={layout}: this device's variable-length attention kernel is off by {error:.2g} (allowed"
+            f" {KERNEL_TOLERANCE[dtype]:g}): it must align documents at the end of their keys;"
+            f" set --batch.layout {FALLBACKS[layout][0]}"
+        )
 
 
 def scoring_gap(engine: Engine, vocabulary: int, device: torch.device) -> float:
@@ -55,9 +100,10 @@ def require_scoring(gap: float, dtype: torch.dtype, model: str, layout: Layout) 
         GateError: the gap exceeds the tolerance of the dtype.
     """
     if gap > SCORING_TOLERANCE[dtype]:
+        remedy = "try --batch.layout padded" if FALLBACKS[layout] else "its head does something we do not know"
         raise GateError(
             f"model.path={model}: our log-probs ({layout}) are {gap:.2g} nats per token off the model's own logits"
-            f" (allowed {SCORING_TOLERANCE[dtype]:g}): its head does something we do not know; try batch.layout=padded"
+            f" (allowed {SCORING_TOLERANCE[dtype]:g}): {remedy}"
         )
 
 

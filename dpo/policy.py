@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from data_utils.batching import sequence_places
 from data_utils.schema import Layout, PairBatch
 from dpo import attention
 from dpo.config import Config, ConfigError, LoraSection
@@ -120,7 +121,11 @@ class Pretrained:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether all layers are attention that can keep packed documents apart (no state, no chunks)."""
+    """Whether all layers are attention that can keep the documents of a row apart (no state, no chunks).
+
+    Such layers can also share prompts: a token's keys and values depend on nothing but the tokens before it, so they
+    serve both responses. A state-space, linear attention or convolution layer would have to fork its state.
+    """
     values = model.config.get_text_config().to_dict()
     layers = {layer for key in _LAYER_KEYS for layer in values.get(key) or []}
     return layers <= _STATELESS_LAYERS and model._supports_attention_backend
@@ -197,11 +202,11 @@ class Policy(nn.Module):
         return isinstance(self.model, PeftModel)
 
     def use_layout(self, layout: Layout) -> None:
-        """Set up attention for a layout: ours for packed rows, the model's own for padded ones."""
+        """Set up attention for a layout: ours for shared and packed rows, the model's own for padded ones."""
         self.layout = layout
-        if layout == "packed":
+        if layout != "padded":
             attention.register()
-        self.causal_lm.set_attn_implementation(attention.DOCUMENTS if layout == "packed" else self.stock_attention)
+        self.causal_lm.set_attn_implementation(self.stock_attention if layout == "padded" else attention.DOCUMENTS)
 
     @contextmanager
     def _stock(self) -> Iterator[None]:
@@ -241,25 +246,23 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: PairBatch) -> Tensor:
         """(R, T, H) final hidden states."""
-        if batch.layout == "packed":
-            documents = attention.Documents.of(batch.sequence_lengths, batch.input_ids_RT.device)
-            inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
-        else:
+        if batch.layout == "padded":
             inputs = {"attention_mask": batch.attention_mask_RT}
+        else:
+            documents = attention.Documents.of(batch.documents, batch.input_ids_RT.device)
+            inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
         return self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
 
     def _score_by_own_logits(self, batch: PairBatch) -> Tensor:
         """(S,) log-probs from the model's own logits, one unpadded sequence at a time."""
-        width = batch.input_ids_RT.shape[1]
         flat_ids = batch.input_ids_RT.flatten()
-        offset, logps = 0, []
-        for sequence, length in enumerate(batch.sequence_lengths):
-            start = offset if batch.layout == "packed" else sequence * width
-            offset += length
+        logps = []
+        places = sequence_places(batch.layout, batch.sequence_lengths, batch.prompt_lengths)
+        for sequence, places_T in enumerate(place.to(flat_ids.device) for place in places):
             mine_N = batch.sequence_of_N == sequence
-            logits_TV = self.model(input_ids=flat_ids[None, start : start + length], use_cache=False).logits[0]
+            logits_TV = self.model(input_ids=flat_ids[None, places_T], use_cache=False).logits[0]
             log_softmax_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
-            positions = batch.score_positions_N[mine_N] - start
+            positions = torch.searchsorted(places_T, batch.score_positions_N[mine_N])
             logps.append(log_softmax_TV[positions, batch.labels_N[mine_N]].sum())
         return torch.stack(logps)
 

@@ -88,7 +88,7 @@ class Run:
         self.tokenizer = open_tokenizer(config)
         self._probe_tokenizer()
         self.layout: Layout
-        self.layout, self._why_layout = choose_layout(config, self.source)
+        self.layout, self._why_layout = choose_layout(config, self.source, reference_source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
         held_out = None
         if config.data.eval:

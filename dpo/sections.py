@@ -37,6 +37,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         positive("weight of a source", self.weight)
+        require(self.weight <= 1000, f"weight of a source must be at most 1000, not {self.weight:g}")
         if self.cap is not None:
             at_least("cap of a source", self.cap, 1)
         if self.beta is not None:
@@ -172,8 +173,9 @@ class BatchSection:
     """Pairs of one optimizer step over all ranks and micro-batches."""
     tokens_per_micro_batch: int = 8192
     """Tokens that one rank computes at a time; a pair that is larger is a micro-batch of its own."""
-    layout: Literal["auto", "padded", "packed"] = "auto"
-    """padded: a row per sequence; packed: one row without padding; auto: the best that the model allows."""
+    layout: Literal["auto", "padded", "packed", "shared"] = "auto"
+    """padded: a row per sequence; packed: one row without padding; shared: packed, and each prompt computed once for
+    both responses; auto: the last of these that the model allows."""
 
     def __post_init__(self) -> None:
         at_least("batch.pairs_per_step", self.pairs_per_step, 1)
@@ -366,9 +368,9 @@ class Config:
             require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
         if self.export.merge_lora:
             require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
-        if self.batch.layout == "packed" and self.model.attn_implementation is not None:
+        if self.batch.layout in ("packed", "shared") and self.model.attn_implementation is not None:
             remedy = "drop model.attn_implementation, or set --batch.layout padded"
-            raise ConfigError(f"batch.layout=packed brings its own attention: {remedy}")
+            raise ConfigError(f"batch.layout={self.batch.layout} brings its own attention: {remedy}")
         self._check_reference()
         known = [
             f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))

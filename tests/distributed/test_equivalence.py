@@ -20,6 +20,8 @@ from tests.distributed.conftest import Lab
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 FSDP2 = ["--parallel.engine", "fsdp2"]
+PADDED, PACKED, SHARED = (["--batch.layout", layout] for layout in ("padded", "packed", "shared"))
+CHECKPOINTING = ["--train.gradient_checkpointing", "true"]
 SPLIT = ["--batch.tokens_per_micro_batch", "64"]
 KINDS = {"full": [], "lora": ["--lora.r", "4", "--optim.learning_rate", "1e-2"]}
 
@@ -29,22 +31,32 @@ def deepspeed(stage: int) -> list[str]:
 
 
 ONE_RANK = {
-    "split": SPLIT,
-    "padded": ["--batch.layout", "padded"],
-    "padded_split": ["--batch.layout", "padded", *SPLIT],
-    "checkpointing": ["--train.gradient_checkpointing", "true"],
-    "fsdp2_alone": FSDP2,
+    "packed_split": [*PACKED, *SPLIT],
+    "padded": PADDED,
+    "padded_split": [*PADDED, *SPLIT],
+    "packed_checkpointing": [*PACKED, *CHECKPOINTING],
+    "shared": SHARED,
+    "shared_split": [*SHARED, *SPLIT],
+    "shared_checkpointing": [*SHARED, *SPLIT, *CHECKPOINTING],
+    "fsdp2_alone": [*PACKED, *FSDP2],
+    "auto": [],
 }
 TWO_RANKS = {
-    "fsdp2": FSDP2,
-    "fsdp2_split": [*FSDP2, *SPLIT],
-    "fsdp2_replicated": [*FSDP2, *SPLIT, "--parallel.shard_size", "1"],
-    "fsdp2_checkpointing": [*FSDP2, "--train.gradient_checkpointing", "true", "--batch.layout", "padded"],
-    "zero1": deepspeed(1),
-    "zero2": deepspeed(2),
-    "zero2_split": [*deepspeed(2), *SPLIT],
-    "zero3": deepspeed(3),
-    "zero3_split": [*deepspeed(3), *SPLIT],
+    "fsdp2": [*PACKED, *FSDP2],
+    "fsdp2_split": [*PACKED, *FSDP2, *SPLIT],
+    "fsdp2_replicated": [*PACKED, *FSDP2, *SPLIT, "--parallel.shard_size", "1"],
+    "fsdp2_checkpointing": [*PADDED, *FSDP2, *CHECKPOINTING],
+    "fsdp2_shared": [*SHARED, *FSDP2],
+    "fsdp2_shared_checkpointing": [*SHARED, *FSDP2, *SPLIT, *CHECKPOINTING],
+    "zero1": [*PACKED, *deepspeed(1)],
+    "zero1_shared_split": [*SHARED, *deepspeed(1), *SPLIT],
+    "zero2": [*PACKED, *deepspeed(2)],
+    "zero2_split": [*PACKED, *deepspeed(2), *SPLIT],
+    "zero2_shared": [*SHARED, *deepspeed(2)],
+    "zero3": [*PACKED, *deepspeed(3)],
+    "zero3_split": [*PACKED, *deepspeed(3), *SPLIT],
+    "zero3_shared": [*SHARED, *deepspeed(3)],
+    "zero3_shared_checkpointing": [*SHARED, *deepspeed(3), *SPLIT, *CHECKPOINTING],
 }
 STORED_ONE_RANK = {"stored": [], "stored_padded": ["--batch.layout", "padded", *SPLIT]}
 STORED_TWO_RANKS = {"stored_fsdp2": [*FSDP2, *SPLIT], "stored_zero2": deepspeed(2), "stored_zero3": deepspeed(3)}
@@ -75,7 +87,7 @@ def trained(lab: Lab) -> Lab:
     lines = (lab.folder / "train.jsonl").read_text().splitlines(keepends=True)
     (lab.folder / "less.jsonl").write_text("".join(lines[:-2]))
     for num_ranks, members, with_store in (
-        (1, {"single": []} | ONE_RANK, STORED_ONE_RANK),
+        (1, {"single": PACKED} | ONE_RANK, STORED_ONE_RANK),
         (2, TWO_RANKS, STORED_TWO_RANKS),
     ):
         commands = []

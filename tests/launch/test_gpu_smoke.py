@@ -27,14 +27,14 @@ def smoke(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_suite_judges_on_the_cpu_and_says_so(tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    only = "attention|equal/float32/full/(single_packed|fsdp2)$|throughput/lora/single|syncs"
+    only = "attention|equal/float32/full/(single_packed|single_shared|fsdp2)$|throughput/lora/single$|syncs"
     done = smoke("--record", str(record), "--only", only)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(record.read_text())
     checks = {check["name"]: check for check in document["checks"]}
     assert {name for name, check in checks.items() if check["status"] == "pass"} == {
         *("build", "attention", "throughput/lora/single", "equal/float32/full/single_padded"),
-        *("equal/float32/full/single_packed", "equal/float32/full/fsdp2"),
+        *(f"equal/float32/full/{member}" for member in ("single_packed", "single_shared", "fsdp2")),
     }
     assert checks["attention/varlen"]["reason"] == "the variable-length kernel needs a GPU"
     assert checks["syncs/one"]["status"] == "not run"

@@ -1,4 +1,8 @@
-"""Model families: packed and padded rows give each model's own numbers, or packing is refused."""
+"""Model families: shared, packed and padded rows give each model's own numbers, or a layout is refused.
+
+Shared rows are held against packed ones, through the same attention function, in fp64; and all layouts against stock
+attention in fp32. (Stock code keeps its norms in fp32 whatever the dtype, so gradients agree to the rounding of those.)
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,25 @@ from torch import Tensor
 
 from data_utils.batching import collate
 from data_utils.schema import Layout
+from dpo import attention
 from dpo.engine import Engine
 from dpo.gates import SCORING_TOLERANCE, scoring_gap
-from dpo.logps import LogitTransform
+from dpo.logps import LogitTransform, mean_gap
 from dpo.policy import Policy, can_pack
-from tests.numerics.tiny_models import FAMILIES, STATEFUL, VOCABULARY, WINDOW, described, random_pairs, tiny_model
+from tests.numerics.kernels import REFERENCE
+from tests.numerics.tiny_models import (
+    FAMILIES,
+    STATEFUL,
+    VOCABULARY,
+    WINDOW,
+    described,
+    in_double,
+    random_pairs,
+    tiny_model,
+)
 
 PAIRS = random_pairs(4, seed=3)
-LAYOUTS: list[Layout] = ["packed", "padded"]
+LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
 TRANSFORMS = {
     "gemma2": LogitTransform(softcap=3.0),
     "cohere2": LogitTransform(scale=0.3),
@@ -27,7 +42,7 @@ TRANSFORMS = {
     "recurrent_gemma": LogitTransform(softcap=3.0),
     "falcon_h1": LogitTransform(scale=0.5),
 }
-WINDOWED = ["mistral", "gemma2", "gemma3_text", "phi3", "cohere2", "gpt_oss"]
+WINDOWED = ["mistral", "gemma2", "gemma3_text", "phi3", "cohere2", "gpt_oss", "olmo3", "starcoder2"]
 
 
 @cache
@@ -57,7 +72,53 @@ def our_logps(family: str, layout: Layout, transform: LogitTransform | None = No
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_the_models_own(family: str, layout: Layout) -> None:
-    torch.testing.assert_close(our_logps(family, layout), own_logps(family), rtol=0, atol=1e-4)
+    num_scored_S = collate(PAIRS, layout, pad_token_id=0).response_lengths_S
+    assert mean_gap(our_logps(family, layout), own_logps(family), num_scored_S) < 1e-5
+
+
+def scores_and_gradients(
+    family: str, layout: Layout, checkpointing: dict[str, bool] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(S,) log-probs in fp64, and the gradients of a sum with a weight of its own for each."""
+    model = in_double(tiny_model(family))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    policy = Policy(model, described(model).logit_transform, layout).train()
+    logps_S, _ = policy(collate(PAIRS, layout, pad_token_id=0))
+    (torch.linspace(-1.0, 1.3, len(logps_S)) * logps_S).sum().backward()
+    return logps_S.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prompt_changes_nothing_in_fp64(family: str) -> None:
+    shared_S, shared = scores_and_gradients(family, "shared")
+    unshared_S, unshared = scores_and_gradients(family, "packed")
+    assert shared_S.dtype == torch.float64
+    torch.testing.assert_close(shared_S, unshared_S, rtol=0, atol=1e-10)
+    assert shared.keys() == unshared.keys() and len(shared) > 10
+    difference = torch.cat([(shared[name] - unshared[name]).flatten() for name in unshared])
+    assert difference.norm() < 1e-6 * torch.cat([gradient.flatten() for gradient in unshared.values()]).norm()
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_call_for_all_documents_gives_the_models_own_scores(
+    family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, with a reference kernel of the same signature."""
+    monkeypatch.setitem(attention.KERNELS, "cpu", REFERENCE)
+    num_scored_S = collate(PAIRS, layout, pad_token_id=0).response_lengths_S
+    assert mean_gap(our_logps(family, layout), own_logps(family), num_scored_S) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_recomputed_layers_see_the_documents_too(family: str, reentrant: bool) -> None:
+    _, expected = scores_and_gradients(family, "shared")
+    _, recomputed = scores_and_gradients(family, "shared", {"use_reentrant": reentrant})
+    assert recomputed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,13 +160,15 @@ def gap_at_start(family: str, layout: Layout, dtype: torch.dtype) -> float:
     return scoring_gap(engine, VOCABULARY, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_start_up_check_passes_a_good_model(dtype: torch.dtype) -> None:
-    assert gap_at_start("llama", "packed", dtype) < SCORING_TOLERANCE[dtype]
+def test_the_start_up_check_passes_a_good_model(layout: Layout, dtype: torch.dtype) -> None:
+    assert gap_at_start("llama", layout, dtype) < SCORING_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_start_up_check_finds_a_model_that_loses_the_documents(dtype: torch.dtype) -> None:
     """Nemotron's layers do not hand the keywords of the model call to attention: packed sequences see each other."""
-    assert gap_at_start("nemotron", "packed", dtype) > 5 * SCORING_TOLERANCE[dtype]
+    for layout in ("shared", "packed"):
+        assert gap_at_start("nemotron", layout, dtype) > 5 * SCORING_TOLERANCE[dtype]
     assert gap_at_start("nemotron", "padded", dtype) < SCORING_TOLERANCE[dtype]

@@ -195,8 +195,8 @@ def test_bf16_model_gives_fp32_sums() -> None:
 # ---- leaks
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("response", ["chosen_ids", "rejected_ids"])
 def test_a_changed_token_reaches_its_own_sequence_only(family: str, layout: Layout, response: str) -> None:
     model = tiny_model(family)
@@ -213,11 +213,12 @@ def test_a_changed_token_reaches_its_own_sequence_only(family: str, layout: Layo
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-def test_no_gradient_reaches_another_packed_sequence(family: str) -> None:
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_no_gradient_reaches_another_sequence_of_the_row(family: str, layout: Layout) -> None:
     model = tiny_model(family, tie_word_embeddings=False)
-    policy = Policy(model, described(model).logit_transform, "packed").eval()
+    policy = Policy(model, described(model).logit_transform, layout).eval()
     pair = replace(random_pairs(1)[0], prompt_ids=[1, 2, 3], chosen_ids=[4, 5, 6, 7], rejected_ids=[8, 9, 10])
-    logps_S, _ = policy(collate([pair], "packed", pad_token_id=0))
+    logps_S, _ = policy(collate([pair], layout, pad_token_id=0))
     logps_S[1].backward()
     gradient_VH = model.get_input_embeddings().weight.grad
     assert isinstance(gradient_VH, Tensor)

@@ -20,7 +20,7 @@ from tests.numerics import oracle
 from tests.numerics.tiny_models import described, perturbed, random_pairs, tiny_model
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt_neox"]
-LAYOUTS: list[Layout] = ["padded", "packed"]
+LAYOUTS: list[Layout] = ["padded", "packed", "shared"]
 BETA, SMOOTHING = 0.1, 0.1
 PAIRS = random_pairs(12, with_columns=True)
 TRIPLES = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in PAIRS]

@@ -191,7 +191,7 @@ def test_log_probs_are_the_same(lab: Lab, theirs: Theirs) -> None:
     torch.testing.assert_close(logps_S, theirs.logps, rtol=1e-6, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_every_step_is_the_same(lab: Lab, kind: str, theirs: Theirs, layout: str) -> None:
     ours = lab.ours(kind, layout)
     assert len(ours) == len(theirs.steps) == STEPS

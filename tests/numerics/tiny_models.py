@@ -54,6 +54,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": _ALTERNATE | _EXPERTS | {"num_local_experts": 4},
     "mixtral": _EXPERTS | {"num_local_experts": 4},
     "qwen3_moe": _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 24},
+    "olmo3": _ALTERNATE,
+    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "starcoder2": {"sliding_window": WINDOW},
+    "gpt2": {"n_positions": 64, "n_embd": 32, "n_head": 4, "n_layer": 2}
+    | {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    },
 }
 """Families whose layers are all attention: what distinguishes each, on top of the common sizes."""
 
@@ -82,6 +101,13 @@ STATEFUL: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """A configuration of about 20 thousand parameters; sliding windows are shorter than the test sequences."""
     return AutoConfig.for_model(family, **(_COMMON | (FAMILIES | STATEFUL).get(family, {}) | changes))
+
+
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in fp64; experts go through the loop, since the grouped products know no fp64."""
+    if any("experts" in key for key in model.config.to_dict()):
+        model.set_experts_implementation("eager")
+    return model.double()
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -64,7 +64,7 @@ def equal(a: PairBatch, b: PairBatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 16])
 def test_all_ranks_together_have_each_window_once(tmp_path: Path, layout: str, world_size: int) -> None:
     loader = make_loader(tmp_path, layout=layout, world_size=world_size)

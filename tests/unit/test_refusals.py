@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import train_dpo
-from tests.tiny import tiny_model, tiny_pairs
+from tests.numerics import tiny_models
+from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 GOOD = {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " No."}
 
@@ -27,6 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     write(folder / "messages.jsonl", [{"prompt": [{"role": "user", "content": "Hi"}], **turns}] * 20)
     (folder / "batch.json").write_text('{"train_batch_size": 8, "zero_optimization": {"stage": 2}}')
+    stateful = tiny_models.tiny_model("qwen3_next", vocab_size=len(tiny_tokenizer()))
+    stateful.save_pretrained(folder / "stateful")
+    tiny_tokenizer().save_pretrained(folder / "stateful")
     shutil.copytree(folder / "model", folder / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
@@ -54,6 +58,22 @@ def refusal(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> st
 
 
 CASES = {
+    "stateful_shared": (
+        ["--model.path", "{f}/stateful", "--batch.layout", "shared"],
+        "batch.layout=shared: layers of {f}/stateful carry state across a row: set --batch.layout padded",
+    ),
+    "stateful_packed": (
+        ["--model.path", "{f}/stateful", "--batch.layout", "packed"],
+        "batch.layout=packed: ",
+    ),
+    "stateful_reference": (
+        ["--reference.path", "{f}/stateful", "--batch.layout", "shared"],
+        "batch.layout=shared: layers of {f}/stateful carry state",
+    ),
+    "attention_of_its_own": (
+        ["--model.attn_implementation", "eager", "--batch.layout", "shared"],
+        "batch.layout=shared brings its own attention: drop model.attn_implementation",
+    ),
     "missing_file": (["--data.train", "{f}/nowhere.jsonl"], "no such data: {f}/nowhere.jsonl; "),
     "unknown_column": (["--data.train", "{f}/unknown.jsonl"], "{f}/unknown.jsonl:2: "),
     "empty_response": (["--data.train", "{f}/empty.jsonl", "--batch.pairs_per_step", "2"], "{f}/empty.jsonl:3: "),

@@ -19,10 +19,12 @@ import train_dpo
 from data_utils import reader
 from data_utils.manifest_command import describe
 from data_utils.reader import StepReader, TokenizedStep
+from dpo import attention
 from dpo.engine import StepResult
 from dpo.run import Run
 from dpo.steps import AgreedStep
 from tests.numerics import tiny_models
+from tests.numerics.kernels import BROKEN, REFERENCE, WRONG
 from tests.tiny import tiny_model, tiny_pairs, tiny_tokenizer
 
 METRICS = (
@@ -103,16 +105,58 @@ def test_wandb_keeps_a_run_offline_and_goes_on_under_its_id(folder: Path, monkey
 def test_a_model_that_packing_would_get_wrong_is_trained_padded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nemotron's layers drop the documents; only the start-up check finds out. The frozen copy must follow suit."""
+    """Nemotron's layers drop the documents; only the check at the start finds out. The frozen copy must follow suit."""
     tokenizer = tiny_tokenizer()
     tiny_models.tiny_model("nemotron", vocab_size=len(tokenizer)).save_pretrained(folder / "nemotron")
     tokenizer.save_pretrained(folder / "nemotron")
     rows = train(folder, "fallback", "--model.path", f"{folder}/nemotron")
-    assert "layout     padded (packed rows did not give the model's own log-probs)" in capsys.readouterr().out
+    assert "layout     padded (shared and packed rows did not pass the check at the start)" in capsys.readouterr().out
     assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert rows[1]["padding_fraction"] > 0
     again = train(folder, "fallback-padded", "--model.path", f"{folder}/nemotron", "--batch.layout", "padded")
     assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in again if "loss" in row]
+
+
+def test_a_hybrid_whose_layers_carry_state_is_trained_padded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_models.tiny_model("qwen3_next", vocab_size=len(tokenizer)).save_pretrained(folder / "hybrid")
+    tokenizer.save_pretrained(folder / "hybrid")
+    flags = ["--model.path", f"{folder}/hybrid", "--train.max_steps", "1"]
+    rows = train(folder, "hybrid-run", *flags)
+    assert f"layout     padded (layers of {folder}/hybrid carry state across a row)" in capsys.readouterr().out
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_kernel_that_aligns_documents_elsewhere_gets_no_shared_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed rows are right with it, since their documents have as many keys as queries."""
+    expected = train(folder, "kernel-packed", "--batch.layout", "packed")
+    monkeypatch.setitem(attention.KERNELS, "cpu", WRONG["aligned at the start"])
+    rows = train(folder, "kernel")
+    assert "layout     packed (shared rows did not pass the check at the start)" in capsys.readouterr().out
+    assert [row["loss"] for row in rows[1:-1]] == pytest.approx([row["loss"] for row in expected[1:-1]], abs=1e-5)
+    monkeypatch.setitem(attention.KERNELS, "cpu", BROKEN)
+    train(folder, "kernel-broken", "--train.max_steps", "1")
+    assert "layout     padded (shared and packed rows did not pass the check at the start)" in capsys.readouterr().out
+    monkeypatch.setitem(attention.KERNELS, "cpu", WRONG["aligned at the start"])
+    assert code_of(folder, "kernel-asked", {"--batch.layout": "shared"}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: batch.layout=shared: this device's variable-length attention kernel is off by ")
+    assert error.endswith("set --batch.layout packed\n") and error.count("\n") == 1
+
+
+def test_auto_takes_shared_rows_and_one_call_for_all_documents_gives_the_same(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--lora.r", "4", "--train.gradient_checkpointing", "true"]
+    expected = train(folder, "shared", *flags)
+    assert "layout     shared (each prompt once, no padding)" in capsys.readouterr().out
+    monkeypatch.setitem(attention.KERNELS, "cpu", REFERENCE)
+    rows = train(folder, "shared-in-one-call", *flags)
+    key = "eval_loss"
+    assert rows[-1][key] == pytest.approx(expected[-1][key], abs=1e-6) and rows[-1][key] < 0.6931
+    assert rows[1]["padding_fraction"] == 0
 
 
 def test_another_reference_moves_the_start_and_offload_changes_nothing(folder: Path) -> None:

@@ -1,0 +1,34 @@
+"""Which trainers are compared, in which settings; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RIVALS = ("trl-default", "trl-tuned")
+REFERENCES: dict[str, str | None] = {"live": None, "stored-cold": "stored", "stored-warm": "stored"}
+"""Value of reference.mode for each way of having a reference; None: the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One trainer's settings.
+
+    Attributes:
+        name: ours, trl-default or trl-tuned.
+        mode: full or lora.
+        steps: steps over which the learning rate decays; no more are taken.
+        layout, reference, tokens_per_micro_batch: ours.
+        micro_batch: TRL's pairs per micro-batch.
+        folder: where it may write.
+    """
+
+    name: str
+    mode: str
+    steps: int
+    folder: str
+    layout: str = "auto"
+    reference: str = "live"
+    tokens_per_micro_batch: int = 8192
+    micro_batch: int = 8

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = ("trl-default", "trl-tuned")
 REFERENCES: dict[str, str | None] = {"live": None, "stored-cold": "stored", "stored-warm": "stored"}
-"""Value of reference.mode for each way of having a reference; None: the default."""
+"""Value of reference.mode for each way of having a reference; None: the default. Each run starts with an empty store,
+which its first step fills: cold is that step, warm every later one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def our_flags(case: Case, side: Side) -> list[str]:
         "run.dir": f"{side.folder}/run",
     }
     if (mode := REFERENCES[side.reference]) is not None:
-        flags["reference.mode"] = mode
+        flags |= {"reference.mode": mode, "reference.store": f"{side.folder}/store"}
     return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 
 
@@ -63,18 +63,20 @@ class MeteredRun(Run):
     meter: Meter
 
     def steps(self, first: int) -> Any:
-        """See `Run`: the meter starts when the first step's data are there."""
+        """See `Run`: the meter starts before anything of the first step is made, so that filling a store is counted."""
+        facts = {"ids_sha256": self._ids_digest(), "layout": self.layout, "why": self._why_layout}
+        self.meter.start([self.engine.policy], facts)
         steps = super().steps(first)
         while True:
             with self.meter.aside():
                 step = next(steps, None)
             if step is None:
                 return
-            if step.number == first:
-                facts = {"ids_sha256": self._ids_digest(), "layout": self.layout, "why": self._why_layout}
-                self.meter.start([self.engine.policy], facts)
             self._pair_weight = step.pair_weight
             yield step
+
+    def _check_step0(self) -> None:
+        """No gate here, which would be counted with the first step: TRL has none, and losses are held equal."""
 
     def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
         """See `Run`."""

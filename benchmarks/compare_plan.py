@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,3 +34,19 @@ class Side:
     reference: str = "live"
     tokens_per_micro_batch: int = 8192
     micro_batch: int = 8
+
+    @property
+    def choices(self) -> dict[str, str | int]:
+        """What of our config a comparison is about; the config refuses layouts and references it does not know."""
+        choices: dict[str, str | int] = {
+            "batch.layout": self.layout,
+            "batch.tokens_per_micro_batch": self.tokens_per_micro_batch,
+        }
+        if (mode := REFERENCES[self.reference]) is not None:
+            choices |= {"reference.mode": mode, "reference.store": f"{self.folder}/store"}
+        return choices
+
+
+def as_flags(values: Mapping[str, object]) -> list[str]:
+    """A command line of train_dpo.py."""
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]

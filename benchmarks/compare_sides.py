@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import train_dpo
 from benchmarks.compare_case import Case, ids_digest
 from benchmarks.compare_meter import Meter
-from benchmarks.compare_plan import REFERENCES, Side
+from benchmarks.compare_plan import ROOT, Side, as_flags
 from data_utils.schema import PairBatch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
@@ -31,8 +31,8 @@ OUR_TALKERS = {World: ("exchange", "gather_objects", "sum_on_device", "barrier")
 
 
 def our_flags(case: Case, side: Side) -> list[str]:
-    """The command line of train_dpo.py; the config refuses layouts and references that it does not know."""
-    flags: dict[str, Any] = {
+    """The command line of train_dpo.py."""
+    flags = {
         "model.path": case.model,
         "model.dtype": "float32",
         "data.train": case.shard,
@@ -41,8 +41,6 @@ def our_flags(case: Case, side: Side) -> list[str]:
         "loss.beta": BETA,
         "lora.r": case.size.lora_rank if side.mode == "lora" else 0,
         "batch.pairs_per_step": case.size.pairs,
-        "batch.tokens_per_micro_batch": side.tokens_per_micro_batch,
-        "batch.layout": side.layout,
         "optim.learning_rate": LEARNING_RATES[side.mode],
         "optim.warmup_ratio": 0,
         "optim.max_grad_norm": MAX_GRAD_NORM,
@@ -52,9 +50,7 @@ def our_flags(case: Case, side: Side) -> list[str]:
         "log.tensorboard": "false",
         "run.dir": f"{side.folder}/run",
     }
-    if (mode := REFERENCES[side.reference]) is not None:
-        flags |= {"reference.mode": mode, "reference.store": f"{side.folder}/store"}
-    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    return as_flags(flags | side.choices)
 
 
 class MeteredRun(Run):
@@ -108,11 +104,13 @@ def run_ours(case: Case, side: Side, meter: Meter) -> None:
     def tokenize_all() -> dict[str, Any]:
         since = time.process_time()
         for start in range(0, len(pairs), case.size.pairs):
-            tokenize.many(pairs[start : start + case.size.pairs], range(case.size.pairs))
+            batch = pairs[start : start + case.size.pairs]
+            tokenize.many(batch, range(len(batch)))
         return {"cpu_seconds": time.process_time() - since, "pairs": len(pairs)}
 
     meter.extras["tokenize"] = tokenize_all
-    train_dpo.train(run)
+    loop = runpy.run_path(str(ROOT / "train_dpo.py"))["train"]  # a program, which nothing imports
+    loop(run)
 
 
 def run_trl(case: Case, side: Side, meter: Meter) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
-from benchmarks.compare_plan import REFERENCES, RIVALS, Side
+from benchmarks.compare_plan import REFERENCES, RIVALS, Side, as_flags
 from benchmarks.compare_report import plot, summary, table
 from benchmarks.compare_run import Failed, Measured, NotEqual, best_micro_batch, compare, planned_steps, ratio
 from benchmarks.length_models import LENGTH_MODELS
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(temporary)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # nothing that an earlier run has cached
         try:
+            _check_config(options, folder)
             case = _case(folder / "case", options)
-            _check_config(case, options)
             record = _measure(case, options, folder)
         except (DataError, ValueError) as error:
             _say(f"error: {error}")
@@ -102,13 +102,16 @@ def _case(folder: Path, options: argparse.Namespace) -> Case:
     return case_of_lengths(folder, size, options.lengths, options.seed)
 
 
-def _check_config(case: Case, options: argparse.Namespace) -> None:
-    """Our own refusals, such as of an unknown layout, before any process starts."""
-    from benchmarks.compare_sides import our_flags
+def _check_config(options: argparse.Namespace, folder: Path) -> None:
+    """Our own refusals, such as of an unknown layout, before anything is built.
+
+    Raises:
+        ConfigError: what the config says.
+    """
     from dpo.config import parse_config
 
-    for mode in options.mode:
-        parse_config(our_flags(case, _ours(options, mode, Path(case.folder))))
+    stand_ins = {"model.path": "model", "data.train": "pairs.jsonl", "run.dir": "run"}
+    parse_config(as_flags(stand_ins | _ours(options, "full", folder).choices))
 
 
 def _ours(options: argparse.Namespace, mode: str, folder: Path) -> Side:

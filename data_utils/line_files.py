@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,6 +117,14 @@ class LineFile:
             raise self._changed(row)
         return parse_json(line, self.where(row))
 
+    def block(self, row: int) -> int:
+        """The file is one block."""
+        return 0
+
+    def unpack(self, block: int) -> None:
+        """Inflate or fetch the file, if it needs that."""
+        self._plain_text()
+
     def keys(self) -> list[str]:
         """Keys of the first row. Raises RowError."""
         row = self.row(0)
@@ -169,7 +176,7 @@ def _made_index(path: str, scratch: Scratch) -> tuple[IndexPart, str]:
 def _write_index(path: str, scratch: Scratch, aside: Path) -> None:
     rows, sha256 = index_text(path, plain_text(path, scratch))
     aside.mkdir()
-    rows.tofile(aside / "rows")
+    (aside / "rows").write_bytes(rows.tobytes())  # not tofile, which hides that a disk is full
     (aside / "sha256").write_text(sha256)
 
 
@@ -224,12 +231,11 @@ def sha256_of(path: str) -> str:
 
 def _unpack(path: str, aside: Path) -> None:
     """Write the inflated text of a shard."""
+    if not is_compressed(path):
+        stores.copy(path, aside)
+        return
     with aside.open("wb") as out:
-        if is_compressed(path):
-            out.writelines(_inflated(path))
-            return
-        with stores.open_file(path) as file:
-            shutil.copyfileobj(file, out, CHUNK_BYTES)
+        out.writelines(_inflated(path))
 
 
 def _inflated(path: str) -> Iterator[bytes]:
@@ -244,6 +250,8 @@ def _inflated(path: str) -> Iterator[bytes]:
             try:
                 chunk = stream.read(CHUNK_BYTES)
             except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # of the system, not of the content
+                    raise
                 place = f"near line {num_lines + 1}, after {num_bytes:,} inflated bytes"
                 reason = " ".join(str(error).split())
                 message = f"{path}: truncated or corrupt {name} {place} ({reason}); fetch the file again"

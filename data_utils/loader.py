@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass, fields, replace
 from queue import Full, Queue
 from typing import Literal
@@ -15,7 +14,7 @@ import torch
 from data_utils.batching import collate, pack
 from data_utils.order import Order
 from data_utils.reader import StepReader, TokenizedStep
-from data_utils.schema import DataError, Layout, PairBatch, RowError, Step, TokenizedPair
+from data_utils.schema import Layout, PairBatch, Step, TokenizedPair
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from data_utils.workers import Workers
@@ -97,31 +96,6 @@ class StepLoader:
     def _collate(self, pairs: list[TokenizedPair]) -> PairBatch:
         batch = collate(pairs, self.layout, self.pad_token_id)
         return _pinned(batch) if self.pin_memory else batch
-
-
-def judge_skipped(skipped: Iterable[RowError], num_rows: int, max_bad_fraction: float) -> None:
-    """Refuse data of which too much was left out.
-
-    Args:
-        skipped: the rows left out of `num_rows` rows, over all ranks.
-
-    Raises:
-        DataError: more than `max_bad_fraction` of the rows; counts by cause, with the first place of each.
-    """
-    errors = sorted(skipped, key=lambda error: error.where)
-    first = {error.cause: error.where for error in reversed(errors)}
-    causes = Counter(error.cause for error in errors)
-    table = ", ".join(f"{cause} {count} (first {first[cause]})" for cause, count in causes.most_common())
-    judge_counts(causes, table, num_rows, max_bad_fraction)
-
-
-def judge_counts(causes: Counter[str], table: str, num_rows: int, max_bad_fraction: float) -> None:
-    """`judge_skipped` of rows that were counted before; `table` says what is wrong with them."""
-    if causes.total() > max_bad_fraction * num_rows:
-        raise DataError(
-            f"{causes.total()} of {num_rows} rows are bad, more than data.max_bad_fraction={max_bad_fraction:g} "
-            f"allows: {table}; clean the data or raise the limit"
-        )
 
 
 def _put(ahead: Queue[Step | Exception | None], closed: threading.Event, item: Step | Exception | None) -> bool:

@@ -1,7 +1,8 @@
 """What an epoch is made of: which pair stands at which of its places, over sources of different weights and kinds.
 
-An epoch is a list of draws. A source of n pairs and weight w gives round(w n) of them, which go on from epoch to epoch
-through one turn of the source after the other; each turn holds each pair once.
+An epoch is a list of draws. A source of n pairs and weight w gives round(w n) of them (counted for each of its parts,
+and at least one), which go on from epoch to epoch through one pass over the part after the other; each pass holds each
+pair once.
 """
 
 from __future__ import annotations
@@ -60,39 +61,40 @@ class Mixture:
 
     def __init__(self, parts: Sequence[Part], seed: int, shuffle: bool) -> None:
         self._seed, self._shuffle = seed, shuffle
-        turns = [turn for _, group in groupby(parts, lambda part: part.source) for turn in _turns(list(group), seed)]
+        sources = groupby(parts, lambda part: part.source)
+        members = [member for _, group in sources for member in _draws_of(list(group), seed)]
         if shuffle:
-            turns.sort(key=lambda turn: turn.part.is_streamed)
-        self._turns = [turn for turn in turns if turn.draws]
-        self.draws = sum(turn.draws for turn in turns)
+            members.sort(key=lambda member: member.part.is_streamed)
+        self._members = members
+        self.draws = sum(member.draws for member in members)
 
     def rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Indices (n,) of the pairs at the given places (n,) of an epoch, each in [0, draws)."""
         places = np.asarray(places, dtype=np.int64)
         if not self._shuffle:
-            return self._in_turn(self._turns, epoch, places)
-        free = [turn for turn in self._turns if not turn.part.is_streamed]
-        num_free = sum(turn.draws for turn in free)
+            return self._one_after_another(self._members, epoch, places)
+        free = [member for member in self._members if not member.part.is_streamed]
+        num_free = sum(member.draws for member in free)
         rows = np.empty(len(places), np.int64)
         chosen, numbers = _evenly(places, num_free, self.draws)
         if num_free:
             order = permute(numbers[chosen], num_free, self._seed, epoch)
-            rows[chosen] = self._in_turn(free, epoch, order)
+            rows[chosen] = self._one_after_another(free, epoch, order)
         left, rest, num_left = np.flatnonzero(~chosen), places[~chosen] - numbers[~chosen], self.draws - num_free
-        for turn in self._turns[len(free) :]:
-            chosen, numbers = _evenly(rest, turn.draws, num_left)
-            rows[left[chosen]] = turn.rows(epoch, numbers[chosen], shuffle=True)
-            left, rest, num_left = left[~chosen], (rest - numbers)[~chosen], num_left - turn.draws
+        for member in self._members[len(free) :]:
+            chosen, numbers = _evenly(rest, member.draws, num_left)
+            rows[left[chosen]] = member.rows(epoch, numbers[chosen], shuffle=True)
+            left, rest, num_left = left[~chosen], (rest - numbers)[~chosen], num_left - member.draws
         return rows
 
-    def _in_turn(self, turns: Sequence[_Turns], epoch: int, draws: np.ndarray) -> np.ndarray:
+    def _one_after_another(self, members: Sequence[_Draws], epoch: int, draws: np.ndarray) -> np.ndarray:
         """Pairs at the given draws of several parts that follow each other."""
         rows = np.empty(len(draws), np.int64)
         first = 0
-        for turn in turns:
-            mine = (draws >= first) & (draws < first + turn.draws)
-            rows[mine] = turn.rows(epoch, draws[mine] - first, self._shuffle)
-            first += turn.draws
+        for member in members:
+            mine = (draws >= first) & (draws < first + member.draws)
+            rows[mine] = member.rows(epoch, draws[mine] - first, self._shuffle)
+            first += member.draws
         return rows
 
 
@@ -103,8 +105,8 @@ def _evenly(places: np.ndarray, draws: int, total: int) -> tuple[np.ndarray, np.
     return (places + 1) * draws // total > before, before
 
 
-class _Turns:
-    """The draws of one part, epoch after epoch: turn after turn through its pairs.
+class _Draws:
+    """The draws of one part, epoch after epoch: cycle after cycle through its pairs.
 
     Args:
         num_pairs: of the part, when its source is capped.
@@ -118,30 +120,30 @@ class _Turns:
 
     def rows(self, epoch: int, draws: np.ndarray, shuffle: bool) -> np.ndarray:
         """Indices (n,) of the pairs at the given draws (n,) of an epoch."""
-        turns, places = np.divmod(epoch * self.draws + draws, self._num_pairs)
+        cycles, places = np.divmod(epoch * self.draws + draws, self._num_pairs)
         if not shuffle:
             return self.part.first + places
         if self.part.is_streamed:
-            for turn in np.unique(turns).tolist():
-                places[turns == turn] = self._streamed(turn, places[turns == turn])
+            for cycle in np.unique(cycles).tolist():
+                places[cycles == cycle] = self._streamed(cycle, places[cycles == cycle])
             return self.part.first + places
-        if self.draws != self._num_pairs:  # else an epoch is a whole turn, which is shuffled as such
-            for turn in np.unique(turns).tolist():
-                mine = turns == turn
-                places[mine] = permute_by(f"turn:{self._key}:{turn}", places[mine], self._num_pairs)
+        if self.draws != self._num_pairs:  # else an epoch is a whole cycle, which is shuffled as such
+            for cycle in np.unique(cycles).tolist():
+                mine = cycles == cycle
+                places[mine] = permute_by(f"cycle:{self._key}:{cycle}", places[mine], self._num_pairs)
         if self._num_pairs < self.part.num_pairs:
             places = permute_by(f"cap:{self._key}", places, self.part.num_pairs)
         return self.part.first + places
 
-    def _streamed(self, turn: int, places: np.ndarray) -> np.ndarray:
-        """Pairs (counted within the part) at the places of a turn: files in a drawn order, shuffled within windows."""
+    def _streamed(self, cycle: int, places: np.ndarray) -> np.ndarray:
+        """Pairs (counted within the part) at the places of a cycle: files in a drawn order, shuffled within windows."""
         for window in np.unique(places // WINDOW_PAIRS).tolist():
             first = window * WINDOW_PAIRS
             size = min(WINDOW_PAIRS, self._num_pairs - first)
             mine = (places >= first) & (places < first + size)
-            places[mine] = first + permute_by(f"window:{self._key}:{turn}:{window}", places[mine] - first, size)
+            places[mine] = first + permute_by(f"window:{self._key}:{cycle}:{window}", places[mine] - first, size)
         sizes = np.array(self._kept_file_pairs(), dtype=np.int64)
-        order = permute_by(f"files:{self._key}:{turn}", np.arange(len(sizes)), len(sizes))
+        order = permute_by(f"files:{self._key}:{cycle}", np.arange(len(sizes)), len(sizes))
         ends = np.cumsum(sizes[order])
         numbers = np.searchsorted(ends, places, side="right")
         starts = np.cumsum(np.array(self.part.file_pairs, dtype=np.int64)) - self.part.file_pairs
@@ -158,18 +160,15 @@ class _Turns:
         return sizes
 
 
-def _turns(parts: Sequence[Part], seed: int) -> list[_Turns]:
-    """The parts of one source, which share its pairs and draws by their size."""
-    source = parts[0]
+def _draws_of(parts: Sequence[Part], seed: int) -> list[_Draws]:
+    """The parts of one source, each with its share of the pairs that a cap leaves."""
+    cap = parts[0].cap
     total = sum(part.num_pairs for part in parts)
-    num_pairs = total if source.cap is None else min(total, source.cap)
-    draws = max(1, round(source.weight * num_pairs))
-    turns = []
+    left = total if cap is None else min(total, cap)
+    members = []
     for part in parts:
-        share = round(num_pairs * part.num_pairs / total)
-        part_draws = round(draws * share / num_pairs) if num_pairs else 0
-        if part is parts[-1]:
-            share, part_draws = num_pairs, draws
-        turns.append(_Turns(part, share, part_draws, seed))
-        num_pairs, draws, total = num_pairs - share, draws - part_draws, total - part.num_pairs
-    return turns
+        num_pairs = round(left * part.num_pairs / total)
+        if num_pairs:
+            members.append(_Draws(part, num_pairs, max(1, round(part.weight * num_pairs)), seed))
+        left, total = left - num_pairs, total - part.num_pairs
+    return members

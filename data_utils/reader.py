@@ -59,7 +59,7 @@ class StepReader:
         """
         epoch, _ = self.order.window(number)
         indices, rows = self._parse_patiently(number, pause)
-        results = self._tokenize(rows, indices)
+        results = [_bare(row) if isinstance(row, RowError) else row for row in self._tokenize(rows, indices)]
         skipped = tuple(result for result in results if isinstance(result, RowError))
         if skipped and self.on_bad_row == "error":
             raise skipped[0]
@@ -86,6 +86,7 @@ class StepReader:
 
     def _parse(self, number: int) -> tuple[list[int], list[PreferencePair | RowError]]:
         indices = self.indices(number)
+        self.shards.unpack(indices)
         return indices, [self._row(index) for index in indices]
 
     def _row(self, index: int) -> PreferencePair | RowError:
@@ -103,3 +104,9 @@ class StepReader:
         parsed = [(row, index) for row, index in zip(rows, indices, strict=True) if not isinstance(row, RowError)]
         tokenized = iter(self.tokenizer.many([row for row, _ in parsed], [index for _, index in parsed]))
         return [row if isinstance(row, RowError) else next(tokenized) for row in rows]
+
+
+def _bare(error: RowError) -> RowError:
+    """The error without its traceback and cause, whose frames hold the row's text for as long as it is kept."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

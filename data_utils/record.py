@@ -6,12 +6,15 @@ data/groups-<host>-<pid>.jsonl  hashes of the row groups that a process has read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from data_utils.stores import is_url
 
 Facts = Sequence[tuple[str, int, str]]
 
@@ -21,16 +24,18 @@ class DataRecord:
 
     Args:
         folder: `<run.dir>/data`; need not exist.
+        forget: leave out what earlier processes have found; nothing was trained on it, or the data may change.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, forget: bool = False) -> None:
         self._folder = folder
         self._is_open = False
+        self._forgotten = list(folder.glob("groups-*.jsonl")) if forget else []
         self._hashes: dict[tuple[str, int], str] = {}
         self._unwritten: list[tuple[str, int, str]] = []
-        for file in sorted(folder.glob("groups-*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                if line.endswith("]"):  # else its process was killed while it wrote
+        for file in () if forget else sorted(folder.glob("groups-*.jsonl")):
+            for line in file.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):  # torn, when its process was killed while it wrote
                     path, group, found = json.loads(line)
                     self._hashes[path, group] = found
 
@@ -40,11 +45,14 @@ class DataRecord:
     def open(self) -> None:
         """From now on hashes are written down; the run directory is ours."""
         self._folder.mkdir(exist_ok=True)
+        for file in self._forgotten:
+            file.unlink(missing_ok=True)
         self._is_open = True
         self._write()
 
     def check(self, path: str, group: int, found: str) -> str | None:
         """Compare a group's hash with what was found before, or keep it; returns the other hash when they differ."""
+        path = path if is_url(path) else os.path.realpath(path)
         known = self._hashes.get((path, group))
         if known is None:
             self._hashes[path, group] = found
@@ -56,7 +64,7 @@ class DataRecord:
     def _write(self) -> None:
         if not self._unwritten:
             return
-        lines = "".join(json.dumps(entry) + "\n" for entry in self._unwritten)
+        lines = "\n" + "".join(json.dumps(entry) + "\n" for entry in self._unwritten)  # after a torn line, if any
         with (self._folder / f"groups-{socket.gethostname()}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
             file.write(lines)
         self._unwritten.clear()

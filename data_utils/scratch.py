@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -131,7 +132,10 @@ def _enter(folder: Path) -> int:
 def _leave(folder: Path, lock: int) -> None:
     """Give the folder up; remove it when nobody else has it."""
     if _try_alone(lock) and _is_still_there(folder, lock):
-        shutil.rmtree(folder, ignore_errors=True)
+        # Out of the way at once: the same run may start again, under the same name, while this takes its time.
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.{time.monotonic_ns()}")
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
     os.close(lock)
 
 

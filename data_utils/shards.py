@@ -23,6 +23,7 @@ from data_utils.sources import Found, SourceSpec, find_files
 from data_utils.table_files import KnownHashes, TableFile
 
 _OPENING_THREADS = 16
+_UNPACKING_THREADS = 4
 
 
 class ShardFile(Protocol):
@@ -46,6 +47,14 @@ class ShardFile(Protocol):
 
     def where(self, row: int) -> str:
         """ "file:line" of a row (tables: file:row), counted from 1."""
+        ...
+
+    def block(self, row: int) -> int:
+        """Number of what must be unpacked to read the row."""
+        ...
+
+    def unpack(self, block: int) -> None:
+        """Unpack a block, if no process of this machine has done so."""
         ...
 
     def keys(self) -> list[str]:
@@ -138,6 +147,13 @@ class ShardSet:
             rows = pairs if starts is None else np.searchsorted(starts, pairs, side="right") - 1
             sizes[mine] = self._files[file].row_bytes(rows)
         return sizes
+
+    def unpack(self, indices: Sequence[int]) -> None:
+        """Unpack what the given pairs lie in, several blocks at a time, so that `pair` finds it done."""
+        places = [self._locate(index) for index in indices]
+        blocks = {(file, self._files[file].block(row)) for file, row, _ in places}
+        with ThreadPoolExecutor(min(_UNPACKING_THREADS, len(blocks) or 1)) as pool:
+            list(pool.map(lambda place: self._files[place[0]].unpack(place[1]), sorted(blocks)))
 
     def where(self, index: int) -> str:
         """ "file:line" of a pair's row, counted from 1 (tables: file:row; with #number where a row gives several)."""

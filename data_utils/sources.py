@@ -157,8 +157,11 @@ def _listed(path: str, source: int) -> list[Found]:
 
 def _expand_hub(path: str, source: int) -> list[Found]:
     """Parquet files of a data set of the hub: those that a path or glob names, else its split `train`."""
-    owner, name, *inside = path.removeprefix("hf://").removeprefix("datasets/").split("/")
-    root = f"hf://{owner}/{name}" if name else path
+    owner, name, *inside = [*path.removeprefix("hf://").removeprefix("datasets/").rstrip("/").split("/"), ""]
+    if not owner or not name:
+        raise DataError(f"{path}: a data set of the hub is hf://owner/name")
+    inside = inside[:-1]
+    root = f"hf://{owner}/{name}"
     if inside:
         pattern = path if inside[-1].endswith(ENDINGS) or glob.has_magic(path) else f"{path.rstrip('/')}/**/*.parquet"
         return _named(stores.matching(pattern) if glob.has_magic(pattern) else [path], root, path, source)

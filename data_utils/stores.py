@@ -10,8 +10,10 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from data_utils.schema import DataError
@@ -46,7 +48,7 @@ def read_range(path: str, start: int, num_bytes: int) -> bytes:
     def read() -> bytes:
         if is_url(path):
             return _remote(path).cat_file(_inside(path), start=start, end=start + num_bytes)
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:  # buffered: the system itself reads no more than 2 GiB at a time
             file.seek(start)
             return file.read(num_bytes)
 
@@ -56,6 +58,12 @@ def read_range(path: str, start: int, num_bytes: int) -> bytes:
 def open_file(path: str) -> BinaryIO:
     """A file, open for reading from its start. Raises OSError."""
     return _retried(lambda: _remote(path).open(_inside(path), "rb")) if is_url(path) else open(path, "rb")
+
+
+def copy(path: str, target: Path) -> None:
+    """Write a file's content to a file of this machine. Raises OSError."""
+    with open_file(path) as file, target.open("wb") as out:
+        shutil.copyfileobj(file, out, 1 << 20)
 
 
 def exists(path: str) -> bool:
@@ -69,11 +77,17 @@ def is_folder(path: str) -> bool:
 
 
 def files_below(folder: str) -> list[str]:
-    """All files in a folder and the folders below it, sorted."""
+    """All files in a folder and the folders below it, also linked ones, sorted."""
     if is_url(folder):
         scheme = folder.split("://")[0]
         return sorted(_outside(scheme, path) for path in _retried(lambda: _remote(folder).find(_inside(folder))))
-    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        # A link to a folder that was walked through already would lead in circles.
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        files += [os.path.join(place, name) for name in names]
+    return sorted(files)
 
 
 def matching(pattern: str) -> list[str]:

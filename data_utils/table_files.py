@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,6 +88,7 @@ class TableFile:
         self.path = path
         self._scratch, self._known, self._index = scratch, known, index
         self._reader: _Reader | None = None
+        self._opening = threading.Lock()
         if groups is None:
             groups = [Group(num_rows) for num_rows in self._open().group_rows]
             identity = self._open().identity
@@ -94,12 +97,23 @@ class TableFile:
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_reader", "_opening")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_reader": None, "_opening": threading.Lock()}
 
     @property
     def num_rows(self) -> int:
         """Rows of the file."""
         return int(self._starts[-1])
+
+    def block(self, row: int) -> int:
+        """The row group or record batch of a row."""
+        return self._locate(row)[0]
+
+    def unpack(self, block: int) -> None:
+        """Unpack a group."""
+        self._unpacked(block)
 
     def keys(self) -> list[str]:
         """Names of all columns."""
@@ -147,11 +161,14 @@ class TableFile:
 
     def _group(self, group: int) -> pa.Table:
         """A group's columns and row sizes, mapped from its unpacked copy."""
-        name = entry_name("group", self.path, group)
-        path = self._scratch.make(name, lambda aside: self._unpack(group, aside))
+        path = self._unpacked(group)
         return _mapped(str(path), path.stat().st_mtime_ns)
 
-    def _unpack(self, group: int, aside: Path) -> None:
+    def _unpacked(self, group: int) -> Path:
+        name = entry_name("group", self.path, group)
+        return self._scratch.make(name, lambda aside: self._write(group, aside))
+
+    def _write(self, group: int, aside: Path) -> None:
         table, found = self._read(group)
         known = self._hashes[group]
         if not known and self._known is not None:
@@ -180,20 +197,23 @@ class TableFile:
             raise DataError(f"{self.path}: group {group} is corrupt ({reason}); fetch the file again") from error
 
     def _open(self) -> _Reader:
-        if self._reader is None:
-            kind = "Parquet" if self.path.endswith(".parquet") else "Arrow"
-            try:
-                reader = _ParquetReader(self.path) if kind == "Parquet" else _ArrowReader(self.path, self._scratch)
-            except (pa.ArrowException, OSError, struct.error) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                reason = " ".join(str(error).split())[:200]
-                message = f"{self.path}: truncated or corrupt {kind} ({reason}); fetch the file again"
-                raise DataError(message) from error
-            if problem := missing_columns(reader.names):
-                raise DataError(f"{self.path}: {problem}")
-            self._reader = reader
-        return self._reader
+        with self._opening:
+            self._reader = self._reader or self._opened()
+            return self._reader
+
+    def _opened(self) -> _Reader:
+        kind = "Parquet" if self.path.endswith(".parquet") else "Arrow"
+        try:
+            reader = _ParquetReader(self.path) if kind == "Parquet" else _ArrowReader(self.path, self._scratch)
+        except (pa.ArrowException, OSError, struct.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            message = f"{self.path}: truncated or corrupt {kind} ({reason}); fetch the file again"
+            raise DataError(message) from error
+        if problem := missing_columns(reader.names):
+            raise DataError(f"{self.path}: {problem}")
+        return reader
 
 
 @lru_cache(MAPPED_GROUPS)
@@ -274,7 +294,8 @@ class _ArrowReader:
     def __init__(self, path: str, scratch: Scratch) -> None:
         local = path
         if stores.is_url(path):
-            local = str(scratch.make(entry_name("arrow", path), lambda aside: _fetch(path, aside)))
+            local = str(scratch.make(entry_name("arrow", path), lambda aside: stores.copy(path, aside)))
+        self._local, self._size = local, os.path.getsize(local)
         with pa.memory_map(local) as source:
             is_file = bytes(source.read(6)) == b"ARROW1"
             source.seek(0)
@@ -290,19 +311,14 @@ class _ArrowReader:
         self.identity = hashlib.sha256(facts.encode()).hexdigest()
 
     def read(self, group: int, columns: Sequence[str]) -> tuple[pa.Table, str]:
+        if os.path.getsize(self._local) != self._size:  # mapped memory behind the end of a file is not there
+            raise OSError("its size has changed")
         batch = self._batches[group]
         digest = hashlib.blake2b(digest_size=16)
         for column in batch.columns:
             for buffer in column.buffers():
                 digest.update(b"" if buffer is None else buffer)
         return pa.Table.from_batches([batch]).select(list(columns)), digest.hexdigest()
-
-
-def _fetch(path: str, aside: Path) -> None:
-    import shutil
-
-    with stores.open_file(path) as file, aside.open("wb") as out:
-        shutil.copyfileobj(file, out, 1 << 20)
 
 
 def _text_bytes(array: pa.Array) -> np.ndarray:

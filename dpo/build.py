@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data_utils.loader import judge_counts
 from data_utils.record import DataRecord
 from data_utils.repeats import num_repeats, pair_hash
 from data_utils.schema import DataError, Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
+from data_utils.skipped import Skipped
 from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
 from dpo.policy import Pretrained, add_lora, can_pack
 from dpo.world import World
 
+Result = TypeVar("Result")
 CHECKED_PER_RANK = 50_000
-"""Rows that a rank parses before the model is loaded (a second or two)."""
+"""Rows that a rank parses before the model is loaded (some seconds)."""
 
 
 def open_shards(
@@ -38,16 +41,20 @@ def open_shards(
         DataError: a file is missing or a row cannot be used, on every rank alike.
     """
     specs = [SourceSpec(entry) if isinstance(entry, str) else SourceSpec(**asdict(entry)) for entry in sources]
-    shards = world.together(lambda: ShardSet.open(specs, scratch, record))
+    shards = world.together(lambda: _readable(lambda: ShardSet.open(specs, scratch, record)))
     causes, first = shards.bad_rows()
     if config.data.on_bad_row == "skip":
-        table = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-        judge_counts(causes, f"{table} (first: {first})", len(shards), config.data.max_bad_fraction)
+        bad = Skipped(causes, dict.fromkeys(causes, "in its manifest"))
+        bad.judge(len(shards), config.data.max_bad_fraction)
     elif causes:
         raise DataError(f"{first} ({causes.total()} bad rows in all, as its manifest says)")
-    hashes = world.together(lambda: _parse_share(shards, world, config.data.on_bad_row == "error"))
+    refuse = config.data.on_bad_row == "error"
+    hashes = world.together(lambda: _readable(lambda: _parse_share(shards, world, refuse)))
     repeats = shards.num_repeats + num_repeats(world.gather_objects(hashes))
     notes = world.together(lambda: shards.notes() if world.is_main else [])
+    if num_unparsed := _num_unparsed(shards, world):
+        remedy = "python -m data_utils.manifest, over their folder, parses them once"
+        notes.append(f"note: {num_unparsed} rows are parsed only when they are trained on; {remedy}")
     if repeats:
         notes.append(
             f"warning: {repeats} of {len(shards)} pairs repeat an earlier one; see python -m data_utils.doctor"
@@ -55,19 +62,34 @@ def open_shards(
     return shards, notes
 
 
+def _readable(read: Callable[[], Result]) -> Result:
+    """What `read` returns; a file that the system does not let us read is the data's fault."""
+    try:
+        return read()
+    except OSError as error:
+        problem = f"{error.filename or 'a shard'}: {error.strerror or error}"
+        raise DataError(f"{problem}; see that the file is there and may be read") from error
+
+
 def _parse_share(shards: ShardSet, world: World, refuse: bool) -> np.ndarray:
     """Parse this rank's share of the rows that no manifest has looked at, unless they are too many; hashes of the
     sound pairs, uint64."""
-    unchecked = shards.unchecked()
     hashes = array("Q")
-    if sum(map(len, unchecked)) <= CHECKED_PER_RANK * world.size:
-        for index in islice(chain.from_iterable(unchecked), world.rank, None, world.size):
-            try:
-                hashes.append(pair_hash(shards.pair(index)))
-            except RowError:
-                if refuse:
-                    raise
+    if _num_unparsed(shards, world):
+        return np.frombuffer(hashes, np.uint64)
+    for index in islice(chain.from_iterable(shards.unchecked()), world.rank, None, world.size):
+        try:
+            hashes.append(pair_hash(shards.pair(index)))
+        except RowError:
+            if refuse:
+                raise
     return np.frombuffer(hashes, np.uint64)
+
+
+def _num_unparsed(shards: ShardSet, world: World) -> int:
+    """Rows that no manifest has looked at and that are too many to look at now."""
+    num_rows = sum(map(len, shards.unchecked()))
+    return num_rows if num_rows > CHECKED_PER_RANK * world.size else 0
 
 
 def open_tokenizer(config: Config) -> PreTrainedTokenizerBase:

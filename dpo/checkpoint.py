@@ -44,7 +44,7 @@ class TrainerState:
         trained, dtype: "lora" or "full"; dtype of compute.
         data: fingerprint of the training shards.
         sums, num_pairs: metrics since the last log, over all ranks (JSON has no NaN: None).
-        pairs_seen, rows_skipped, steps_skipped, seconds: totals since the start of the run.
+        pairs_seen, rows_skipped (by cause), steps_skipped, seconds: totals since the start of the run.
         eval_before: the evaluation before training.
     """
 
@@ -58,7 +58,7 @@ class TrainerState:
     sums: Mapping[str, float | None]
     num_pairs: int
     pairs_seen: int
-    rows_skipped: int
+    rows_skipped: dict[str, int]
     steps_skipped: int
     seconds: float
     eval_before: dict[str, float] = field(default_factory=dict)
@@ -200,6 +200,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def any_in(root: Path) -> bool:
+    """Whether there is a checkpoint, sound or not."""
+    return bool(_listed(root))
 
 
 def _listed(root: Path) -> list[Path]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from data_utils.loader import StepLoader, judge_skipped
+from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.record import DataRecord
 from data_utils.schema import Layout, PairBatch, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
+from data_utils.skipped import Skipped
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
 from dpo.build import choose_layout, open_shards, open_tokenizer
@@ -49,7 +51,7 @@ class Totals:
     """What has happened since the start of the run, over all of its processes."""
 
     pairs_seen: int = 0
-    rows_skipped: int = 0
+    rows_skipped: Counter[str] = field(default_factory=Counter)
     steps_skipped: int = 0
     seconds: float = 0.0
     eval_before: dict[str, float] = field(default_factory=dict)
@@ -62,8 +64,9 @@ class Run:
         self.config, self.world, self.log, self.stop = config, world, log, stop
         transformers.utils.logging.disable_progress_bar()
         self.terminal = Terminal(world.is_main)
-        self.scratch = Scratch(str(log.directory.resolve()))
-        self.record = DataRecord(log.directory / "data")
+        self.scratch = world.together(lambda: Scratch(str(log.directory.resolve())))
+        may_change = "data.train" in config.checkpoint.allow_changes or not checkpoint.any_in(self._checkpoints)
+        self.record = DataRecord(log.directory / "data", forget=may_change)
         self.shards, self._notes = open_shards(config.data.train, config, world, self.scratch, self.record)
         self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
         self.plan = make_plan(config, world.size, self.order.pairs_per_epoch)
@@ -84,7 +87,7 @@ class Run:
         world.together(log.lock)
         log.open(world)
         log.status("running", 0)
-        self.record.open()
+        world.together(self.record.open)
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
         self.engine: Engine = build_engine(build)
@@ -97,8 +100,8 @@ class Run:
         self.throughput = Throughput(world, self._sizes, peak_flops(world.device, self.dtype))
         self.totals = Totals()
         self._steps_skipped = torch.zeros((), device=world.device)
-        self._skipped: list[RowError] = []
-        self._num_skipped = 0  # by all ranks of this process
+        self._skipped = Skipped()  # by this rank, in this process
+        self._num_skipped = 0  # by all ranks
         self._unread: set[str] = set()
         self._saved: int | None = None
 
@@ -151,12 +154,20 @@ class Run:
         """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
         loader = self._loader(shards, Order(shards.parts, len(shards), self.config.train.seed, shuffle=False))
         (step,) = self._agreed(loader, 0, 1)
-        judge_skipped(self._everyones(step.skipped), len(shards), self.config.data.max_bad_fraction)
+        skipped = Skipped()
+        skipped.add(step.skipped)
+        whole = Skipped.together(self.world.gather_objects(skipped))
+        whole.judge(loader.order.pairs_per_epoch, self.config.data.max_bad_fraction)
         return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
 
-    def _everyones(self, skipped: Sequence[RowError]) -> list[RowError]:
-        """Rows left out, over all ranks."""
-        return [error for share in self.world.gather_objects(list(skipped)) for error in share]
+    def _everyones_skipped(self) -> Skipped:
+        """Rows left out in this process, over all ranks."""
+        return Skipped.together(self.world.gather_objects(self._skipped)) if self._num_skipped else Skipped()
+
+    def _skipped_rows(self) -> dict[str, int]:
+        """Metrics: rows left out since the start of the run, and how many for each cause."""
+        causes = self.totals.rows_skipped + self._everyones_skipped().causes
+        return {"skipped_rows": causes.total()} | {f"skipped_rows/{cause}": causes[cause] for cause in sorted(causes)}
 
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
         return agree(loader.steps(first, last), self.world, self.stop, self.layout)
@@ -192,15 +203,15 @@ class Run:
             self.tally.add_sums(state.sums, state.num_pairs)
         self._steps_skipped += state.steps_skipped
         self.totals = Totals(
-            state.pairs_seen, state.rows_skipped, state.steps_skipped, state.seconds, dict(state.eval_before)
+            state.pairs_seen, Counter(state.rows_skipped), state.steps_skipped, state.seconds, dict(state.eval_before)
         )
         self.log.status("running", state.step)
         self.terminal.say(f"resume     {path.name}")
         return state.step
 
     def _keep_facts(self) -> None:
-        if self.world.is_main:
-            self.record.keep_facts(self.shards.facts())
+        facts = self.shards.facts() if self.world.is_main else []
+        self.world.together(lambda: self.record.keep_facts(facts) if facts else None)
 
     def steps(self, first: int) -> Iterator[AgreedStep]:
         """The steps from `first` to the end of the plan; before the very first one, policy and reference must agree.
@@ -230,12 +241,11 @@ class Run:
 
     def _watch_data(self, step: AgreedStep, first: int) -> None:
         """Stop when too many rows were left out; name columns that the loss does not read, once."""
-        self._skipped += step.skipped
+        self._skipped.add(step.skipped)
         self._num_skipped += step.num_skipped
-        self.totals.rows_skipped += step.num_skipped
         num_rows = self.plan.pairs_per_epoch * (step.epoch - first // self.plan.steps_per_epoch + 1)
         if self._num_skipped > self.config.data.max_bad_fraction * num_rows:
-            judge_skipped(self._everyones(self._skipped), num_rows, self.config.data.max_bad_fraction)
+            self._everyones_skipped().judge(num_rows, self.config.data.max_bad_fraction)
         unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
         if names := sorted(unread - self._unread):
             loss = self.config.loss.type[0]
@@ -314,7 +324,7 @@ class Run:
         metrics = means(sums, num_pairs)
         row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
         row |= {"pairs_seen": self.totals.pairs_seen, **self.throughput.metrics(extras, num_pairs)}
-        row |= {"skipped_steps": round(skipped), "skipped_rows": self.totals.rows_skipped}
+        row |= {"skipped_steps": round(skipped), **self._skipped_rows()}
         self.log.metrics(row)
         self.log.status("running", done)
         self.terminal.log(row, self.plan.num_steps, self.config.batch.pairs_per_step)
@@ -358,7 +368,7 @@ class Run:
             sums=sums,
             num_pairs=num_pairs,
             pairs_seen=self.totals.pairs_seen,
-            rows_skipped=self.totals.rows_skipped,
+            rows_skipped=dict(self.totals.rows_skipped + self._everyones_skipped().causes),
             steps_skipped=round(self._steps_skipped.item()),
             seconds=self._seconds(),
             eval_before=self.totals.eval_before,

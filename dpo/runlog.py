@@ -137,9 +137,7 @@ class RunLog:
         for name in ("metrics.jsonl", "ledger.jsonl") if self.is_main else ():
             path = self.directory / name
             if path.is_file():
-                lines = path.read_text().splitlines()
-                rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-                _write_atomically(path, "".join(row + "\n" for row in rows))
+                os.truncate(path, _end_of_step(path, step))
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
@@ -156,6 +154,17 @@ class RunLog:
             self._handler.close()
         if self._lock is not None:
             self._lock.close()
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """Where the rows of later steps begin in a file of one row per line; a torn last row counts as such."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    return end
 
 
 def without_nan(value: Any) -> Any:

@@ -29,7 +29,7 @@ class DataSource:
     weight: float = 1.0
     """How often each of its pairs comes per epoch, on average; 0.5: half of them, the other half in the next epoch."""
     cap: int | None = None
-    """At most so many of its pairs, the same ones in every epoch."""
+    """At most so many of its pairs, the same ones in every epoch (for evaluation, or unshuffled: the first)."""
     beta: float | None = None
     """For rows without a column `beta`."""
     ranked: Literal["best_worst", "best_random", "all"] = "best_worst"

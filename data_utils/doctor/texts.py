@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data_utils.schema import Message, PreferencePair, Text
+from data_utils.repeats import content_keys, said
+from data_utils.schema import PreferencePair, Text
 
 Level = Literal["look", "note"]
 REPETITIVE_CHARS = 200  # shorter texts say nothing about repetition
@@ -53,8 +53,6 @@ class PairTexts:
 
 def plain_texts(pair: PreferencePair) -> PairTexts:
     """The texts of a pair that all checks look at."""
-    tools = json.dumps(pair.tools, sort_keys=True) if pair.tools else ""
-    prompt_key = _key(pair.prompt) + tools
     return PairTexts(
         prompt=_plain(pair.prompt),
         chosen=_plain(pair.chosen),
@@ -62,28 +60,12 @@ def plain_texts(pair: PreferencePair) -> PairTexts:
         user=_plain([turn for turn in pair.prompt if turn["role"] not in ("system", "developer")])
         if isinstance(pair.prompt, list)
         else pair.prompt,
-        keys=(prompt_key, _key(pair.chosen), _key(pair.rejected)),
+        keys=content_keys(pair),
     )
 
 
 def _plain(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(map(_said, text))
-
-
-def _said(turn: Message) -> str:
-    """What a turn says: its content, and the tools it calls."""
-    calls = turn.get("tool_calls")
-    content = turn.get("content") or ""
-    return f"{content}\n{json.dumps(calls, sort_keys=True)}".strip() if calls else content
-
-
-def _key(text: Text) -> str:
-    """A lone turn is keyed like a plain string, so that the same prompt is found in either form."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return _said(text[0])
-    return "\x1e".join(f"{turn['role']}\x1f{_said(turn)}" for turn in text)
+    return text if isinstance(text, str) else "\n".join(map(said, text))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_utils.manifest_command import describe
@@ -93,10 +97,10 @@ def few_rows(data: Path) -> None:
     (data / "shard-1.jsonl").write_bytes(b"".join(lines_of(data, 1)[:7]))
 
 
-def manifest_of_others(data: Path) -> None:
+def longer_than_in_manifest(data: Path) -> None:
     describe(data, check=True, num_workers=1)
-    path = data / "shard-4.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"the", b"THE"))
+    with (data / "shard-4.jsonl").open("ab") as file:
+        file.write(json.dumps(PAIR).encode() + b"\n")
 
 
 def missing_of_manifest(data: Path) -> None:
@@ -133,15 +137,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "shard-5.jsonl:31: more than",
     ),
     "roles": (
-        set_row({side: [{"role": "assistant", "content": "a"}, {"role": "user", "content": side}] for side in PAIR}),
-        "shard-5.jsonl:31: ",
+        set_row({side: [{"role": "user", "content": "a"}, {"role": "user", "content": side}] for side in PAIR}),
+        "shard-5.jsonl:31: the last turn of chosen is the user's; it must be the assistant's",
     ),
     "empty_shard": (empty_shard, "shard-2.jsonl: no rows; drop the empty shard or fill it"),
     "bomb": (bomb, "bomb.jsonl.gz: 81,"),
     "long_line": (long_line, "long.jsonl:1: a line of more than 67,108,864 bytes"),
     "huge_line": (huge_line, "huge.jsonl:1: a line of more than 67,108,864 bytes"),
     "few_rows": (few_rows, "fewer pairs than one global step: data.train has 7, batch.pairs_per_step is 12"),
-    "manifest": (manifest_of_others, "shard-4.jsonl"),
+    "manifest_size": (longer_than_in_manifest, "in the manifest (sha256 "),
     "manifest_missing": (missing_of_manifest, "shard-6.jsonl; "),
     "manifest_bad": (bad_manifest_rows, "shard-5.jsonl:31: malformed JSON"),
 }
@@ -162,7 +166,7 @@ def test_a_fault_ends_the_run_in_one_line_before_the_model_is_loaded(clean: Path
     shutil.copytree(clean / "data", data)
     apply(data)
     shutil.copytree(clean / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    done = run(command(clean, data, fault, "--model.path", str(tmp_path / "model")), timeout_s=60)
+    done = run(command(clean, data, fault, "--model.path", str(tmp_path / "model")), timeout_s=150)
     assert done.returncode == 2, done.stdout + done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert expected in error and (fault == "few_rows" or str(data) in error), done.stderr
@@ -180,7 +184,10 @@ def test_bad_rows_are_skipped_and_counted_by_cause(clean: Path, tmp_path: Path) 
     done = run(command(clean, data, "skipped", *skip))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (clean / "skipped" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["skipped_rows"] == 4 and rows[-1]["pairs_seen"] == 396
+    counts = {key: value for key, value in rows[-1].items() if key.startswith("skipped_rows")}
+    causes = {"malformed_json": 1, "empty_response": 1, "prompt_too_long": 1, "identical": 1}
+    assert counts == {"skipped_rows": 4, **{f"skipped_rows/{cause}": number for cause, number in causes.items()}}
+    assert rows[-1]["pairs_seen"] == 396
     ledger = [json.loads(line) for line in (clean / "skipped" / "ledger.jsonl").read_text().splitlines()]
     trained = [pair for entry in ledger for pair in entry["pairs"]]
     bad = {f"{data}/shard-{shard}.jsonl:{number}" for shard, number in ((5, 31), (1, 1), (2, 2), (3, 3))}
@@ -199,15 +206,47 @@ def test_too_many_bad_rows_end_the_run_with_a_table(clean: Path, tmp_path: Path)
     assert "malformed_json " in done.stderr and "empty_response " in done.stderr
 
 
+def test_a_shard_that_is_not_the_manifests_is_named_with_both_hashes_when_it_is_read(
+    clean: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(clean / "data", data)
+    describe(data, check=True, num_workers=1)
+    edit(data / "shard-4.jsonl")
+    done = run(command(clean, data, "others", "--train.max_steps", "34"))
+    assert done.returncode == 2 and f"{data}/shard-4.jsonl:" in done.stderr, done.stderr
+    assert re.search(r"the shard was changed \(sha256 \w{16} now, \w{16} in manifest.json\)", done.stderr)
+
+
+def edit(path: Path) -> None:
+    """Change texts in place; the file's size and time stamps stay."""
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"the", b"THE"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.read_bytes() != content and path.stat().st_size == status.st_size
+
+
 def test_a_shard_edited_between_two_processes_of_a_run_is_named(clean: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(clean / "data", data)
     argv = command(clean, data, "edited")
     assert run([*argv, "--train.stop_after_steps", "1"]).returncode == 75
-    path = data / "shard-4.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"the", b"THE"))
+    edit(data / "shard-4.jsonl")
     done = run(argv)
     assert done.returncode == 2 and "(shard-4.jsonl changed): restore them" in done.stderr, done.stderr
+
+
+def test_a_table_edited_between_two_processes_of_a_run_is_named_when_it_is_read(clean: Path, tmp_path: Path) -> None:
+    """Its metadata, which is all that is read at the start, is as before."""
+    rows = [json.loads(line) for line in (clean / "all.jsonl").read_text().splitlines()]
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=100, **plain)
+    argv = command(clean, tmp_path / "a.parquet", "edited-table")
+    assert run([*argv, "--train.stop_after_steps", "1"]).returncode == 75
+    edit(tmp_path / "a.parquet")
+    done = run(argv)
+    assert done.returncode == 2 and "a.parquet:" in done.stderr, done.stderr
+    assert "the shard was changed (hash " in done.stderr and "when it was recorded" in done.stderr
 
 
 def test_a_shard_removed_during_the_run_stops_it_with_a_save(clean: Path, tmp_path: Path) -> None:
@@ -221,7 +260,7 @@ def test_a_shard_removed_during_the_run_stops_it_with_a_save(clean: Path, tmp_pa
     while not (clean / "removed" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     (data / "shard-7.jsonl").unlink()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=150)
     assert process.returncode == 2 and "shard-7.jsonl: " in stderr and "went away during the run" in stderr, stderr
     step = json.loads((clean / "removed" / "status.json").read_text())["step"]
     assert step >= 1 and (clean / "removed" / "checkpoints" / f"step-{step:08d}").is_dir()

@@ -24,7 +24,7 @@ WORLD = World(0, 1, 0, SimpleNamespace(type="cpu"), None)  # type: ignore[arg-ty
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
-    state = TrainerState(step, 0, "single", 1, "full", "float32", "", {}, 0, 0, 0, 0, 0.0)
+    state = TrainerState(step, 0, "single", 1, "full", "float32", "", {}, 0, 0, {}, 0, 0.0)
     return checkpoint.save(root, state, Nothing(), WORLD, keep)  # type: ignore[arg-type]
 
 

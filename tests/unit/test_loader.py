@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_utils.loader import PREFETCHED_STEPS, StepLoader, judge_skipped
+from data_utils.loader import PREFETCHED_STEPS, StepLoader
 from data_utils.mixture import plain
 from data_utils.order import Order
 from data_utils.schema import DataError, PairBatch, PreferencePair, RowError, Step, TokenizedPair
 from data_utils.shards import ShardSet
+from data_utils.skipped import Skipped
 from data_utils.tokenize import PairTokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -126,10 +127,13 @@ def test_a_bad_row_surfaces_at_its_step_in_error_mode(tmp_path: Path) -> None:
 
 def test_too_many_bad_rows_are_refused_with_a_table() -> None:
     causes = ["empty_response", "identical", "empty_response", "prompt_too_long"]
-    skipped = [RowError(f"a.jsonl:{4 - number}", cause, "bad") for number, cause in enumerate(causes)]
-    judge_skipped(skipped, num_rows=80, max_bad_fraction=0.05)
+    shares = [Skipped(), Skipped()]
+    for number, cause in enumerate(causes):
+        shares[number % 2].add([RowError(f"a.jsonl:{4 - number}", cause, "bad")])
+    skipped = Skipped.together(shares)
+    skipped.judge(num_rows=80, max_bad_fraction=0.05)
     with pytest.raises(DataError) as caught:
-        judge_skipped(skipped, num_rows=79, max_bad_fraction=0.05)
+        skipped.judge(num_rows=79, max_bad_fraction=0.05)
     table = "4 of 79 rows are bad, more than data.max_bad_fraction=0.05 allows: empty_response 2 (first a.jsonl:2), "
     assert str(caught.value).startswith(table) and "identical 1 (first a.jsonl:3)" in str(caught.value)
     assert "\n" not in str(caught.value)

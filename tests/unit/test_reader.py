@@ -30,6 +30,9 @@ class FlakyShards:
     def row_bytes(self, indices: np.ndarray) -> np.ndarray:
         return np.full(len(indices), 9)
 
+    def unpack(self, indices: list[int]) -> None:
+        """Nothing is packed."""
+
     def where(self, index: int) -> str:
         return f"a.jsonl:{index + 1}"
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import train_dpo
 from data_utils import reader
+from data_utils.manifest_command import describe
 from data_utils.reader import StepReader, TokenizedStep
 from dpo.engine import StepResult
 from dpo.run import Run
@@ -217,3 +218,22 @@ def test_the_ledger_names_every_pair_of_every_step(folder: Path) -> None:
     for epoch in (lines[:3], lines[3:]):
         assert sorted(pair for line in epoch for pair in line["pairs"]) == every_pair
     assert [line["pairs"] for line in lines[:3]] != [line["pairs"] for line in lines[3:]]
+
+
+def test_pairs_that_come_twice_are_counted_in_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "twice").mkdir()
+    (folder / "twice" / "a.jsonl").write_text("".join(lines + lines[:3]))
+    train(folder, "twice-live", "--data.train", f"{folder}/twice")
+    describe(folder / "twice", check=True, num_workers=1)
+    train(folder, "twice-manifest", "--data.train", f"{folder}/twice")
+    warning = "warning: 3 of 23 pairs repeat an earlier one; see python -m data_utils.doctor"
+    assert capsys.readouterr().out.count(warning) == 2
+
+
+def test_more_rows_than_are_parsed_at_the_start_are_noted(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo.build.CHECKED_PER_RANK", 19)
+    train(folder, "unparsed")
+    assert "note: 20 rows are parsed only when they are trained on" in capsys.readouterr().out

@@ -174,7 +174,9 @@ def _write(
     dropped: Counter[str],
 ) -> Case:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     size = replace(size, shape=replace(size.shape, vocabulary=len(tokenizer)))
     kept, tokenized = _first_sound(PairTokenizer(tokenizer, size.max_length), pairs, size.pairs, dropped)
     model_folder = folder / "model"

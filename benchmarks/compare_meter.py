@@ -240,8 +240,9 @@ class Meter:
         while True:
             line = self._commands.readline().strip()
             if line in self.extras:
+                before = time.process_time()
                 self._say(self.extras[line]())
-                self._since = time.process_time()
+                self._since += time.process_time() - before
                 continue
             if line == "count":
                 self._count = Count(self._weights, self.talkers)

@@ -184,10 +184,10 @@ def _require_losses(workers: Sequence[Worker]) -> None:
 
 
 def ratio(ours: Measured, rival: Measured) -> dict[str, Any]:
-    """How many times more the rival takes than we do; above 1 we are better.
+    """How many times more the rival takes than we do; above 1 we are better. Times are None where nothing was timed.
 
-    `flops_ratio_cold` is over our first step, in which an empty store is filled; where nothing is stored, and for what
-    TRL computes before its training, both are as `flops_ratio`.
+    `flops_ratio_cold` is over our first step, in which an empty store is filled; where nothing is stored it equals
+    `flops_ratio`. What TRL computes before its training is in neither.
     """
     seconds = [b / a for a, b in zip(ours.cpu_seconds, rival.cpu_seconds, strict=True)]
     mine, theirs = ours.counted, rival.counted
@@ -199,9 +199,9 @@ def ratio(ours: Measured, rival: Measured) -> dict[str, Any]:
         "reference": ours.side.reference,
         "flops_ratio": theirs["flops"] / mine["flops"],
         "flops_ratio_cold": theirs["flops"] / ours.first["flops"],
-        "cpu_seconds_ratio": statistics.median(seconds),
-        "cpu_seconds_ratio_spread": [min(seconds), max(seconds)],
+        "cpu_seconds_ratio": statistics.median(seconds) if seconds else None,
+        "cpu_seconds_ratio_spread": [min(seconds), max(seconds)] if seconds else None,
         "saved_bytes_ratio": theirs["saved_bytes"] / mine["saved_bytes"],
         "peak_bytes_ratio": theirs["peak_bytes"] / mine["peak_bytes"],
-        "tokenize_ratio": statistics.median(tokenized),
+        "tokenize_ratio": statistics.median(tokenized) if tokenized else None,
     }

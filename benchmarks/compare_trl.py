@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on stdout that it chose it
 
 from benchmarks.compare_plan import REFERENCES, RIVALS, Side, as_flags
 from benchmarks.compare_report import plot, summary, table
@@ -79,7 +80,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro_batch", type=int, help="pairs per micro-batch of trl-default (default: the case's, 8)")
     parser.add_argument("--tuned_micro_batch", type=int, help="of trl-tuned (default: the best is looked for)")
     parser.add_argument("--pairs", type=int, help="pairs per step (default: the case's, 64)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s; 0: only count)")
     parser.add_argument("--seed", type=int, default=0, help="of pairs and model (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and 16 short pairs")
     parser.add_argument("--json", metavar="FILE", help="write the record there")

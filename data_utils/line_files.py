@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,6 +31,8 @@ MAX_INFLATED_BYTES = 64 << 30
 MAX_INFLATION = 200  # times the compressed size; text compresses to a third or a tenth
 FREE_INFLATED_BYTES = 64 << 20  # below this no ratio is suspicious
 CHUNK_BYTES = 1 << 20
+INDEXED_TOGETHER = 256
+INDEXED_BYTES = 64 << 20
 BOM = b"\xef\xbb\xbf"
 
 INDEX = np.dtype([("start", "<u8"), ("hash", "<u8"), ("bytes", "<u4"), ("line", "<u4")])
@@ -71,38 +73,51 @@ def _mapped_index(path: str, time_ns: int) -> np.ndarray:
     return np.memmap(path, dtype=INDEX, mode="r") if os.path.getsize(path) else np.empty(0, INDEX)
 
 
+@dataclass(frozen=True)
+class LineIndex:
+    """What must be known of a file to read its rows.
+
+    Attributes:
+        sha256: of the file as it lies there.
+        origin: where this comes from, for people.
+    """
+
+    part: IndexPart
+    sha256: str
+    origin: str
+
+
 class LineFile:
     """A `.jsonl`, `.jsonl.gz` or `.jsonl.zst` file with an index; what is not plain and local is unpacked when needed.
 
     Args:
         path: the file.
-        index, identity: from a manifest; None: made now, once per machine. The identity, which the fingerprint of the
-            data holds, is the SHA-256 of the file as it lies there.
-        scratch: where unpacked text and a new index go.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
+        scratch: where unpacked text goes.
+        index: from a manifest, or from `make_indexes`.
     """
 
-    def __init__(self, path: str, scratch: Scratch, index: IndexPart | None = None, identity: str = "") -> None:
+    def __init__(self, path: str, scratch: Scratch, index: LineIndex) -> None:
         self.path = path
-        self._scratch = scratch
-        self._from_manifest = index is not None
-        self._index, self.identity = (index, identity) if index is not None else _made_index(path, scratch)
+        self._scratch, self._index, self._part = scratch, index, index.part
         self._text: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What the fingerprint of the data holds of this file."""
+        return self._index.sha256
 
     @property
     def num_rows(self) -> int:
         """Rows of the file."""
-        return self._index.size
+        return self._part.size
 
     def row_bytes(self, rows: np.ndarray) -> np.ndarray:
         """(n,) int64 bytes of each of the rows."""
-        return self._index.rows["bytes"][rows].astype(np.int64)
+        return self._part.rows["bytes"][rows].astype(np.int64)
 
     def where(self, row: int) -> str:
         """ "file:line" of a row."""
-        return f"{self.path}:{self._index.rows['line'][row]}"
+        return f"{self.path}:{self._part.rows['line'][row]}"
 
     def row(self, row: int) -> object:
         """The parsed row.
@@ -111,8 +126,11 @@ class LineFile:
             RowError: it is not strict JSON.
             DataError: its bytes are not those that were indexed.
         """
-        entry = self._index.rows[row]
-        line = stores.read_range(self._plain_text(), int(entry["start"]), int(entry["bytes"]))
+        entry = self._part.rows[row]
+        try:
+            line = stores.read_range(self._plain_text(), int(entry["start"]), int(entry["bytes"]))
+        except OverflowError:  # a start that no file has
+            line = b""
         if hash_row(line) != int(entry["hash"]):
             raise self._changed(row)
         return parse_json(line, self.where(row))
@@ -137,8 +155,9 @@ class LineFile:
 
     def _changed(self, row: int) -> DataError:
         found = sha256_of(self.path)
-        there = "manifest.json" if self._from_manifest else "its index at the start of the run"
-        hashes = f"sha256 {found[:16]} now, {self.identity[:16]} in {there}"
+        if found == self.identity:
+            return DataError(f"{self.path}: the rows of {self._index.origin} do not fit it; write the manifest again")
+        hashes = f"sha256 {found[:16]} now, {self.identity[:16]} in {self._index.origin}"
         return DataError(f"{self.where(row)}: the shard was changed ({hashes}); restore it or start a new run")
 
 
@@ -159,25 +178,51 @@ def entry_name(kind: str, path: str, part: int = 0) -> str:
     return f"{kind}-{hashlib.blake2b(path.encode(), digest_size=12).hexdigest()}-{part}"
 
 
-def make_indexes(paths: list[str], scratch: Scratch) -> None:
-    """Index many files together with the other processes of this machine, so that `LineFile` finds it done."""
-    by_name = {entry_name("index", path): path for path in paths}
-    scratch.make_all(by_name, lambda name, aside: _write_index(by_name[name], scratch, aside))
+def make_indexes(paths: Sequence[str], scratch: Scratch) -> dict[str, LineIndex]:
+    """Index files that no manifest describes, some at a time, together with the other processes of this machine.
+
+    Raises:
+        DataError: one of them cannot be read as a whole.
+    """
+    groups = {entry_name("index", "\0".join(group)): group for group in _some_at_a_time(paths)}
+    scratch.make_all(groups, lambda name, aside: _write_indexes(groups[name], scratch, aside))
+    return {
+        path: index for name, group in groups.items() for path, index in _read_indexes(scratch.folder / name, group)
+    }
 
 
-def _made_index(path: str, scratch: Scratch) -> tuple[IndexPart, str]:
-    folder = scratch.make(entry_name("index", path), partial(_write_index, path, scratch))
-    rows = folder / "rows"
-    status = rows.stat()
-    part = IndexPart(str(rows), 0, status.st_size // INDEX.itemsize, status.st_mtime_ns)
-    return part, (folder / "sha256").read_text()
+def _some_at_a_time(paths: Sequence[str]) -> Iterator[list[str]]:
+    """Groups of at most `INDEXED_TOGETHER` files, and of one where they are large."""
+    group: list[str] = []
+    num_bytes = 0
+    for path in paths:
+        size = stores.size_of(path)
+        if group and (len(group) == INDEXED_TOGETHER or num_bytes + size > INDEXED_BYTES):
+            yield group
+            group, num_bytes = [], 0
+        group.append(path)
+        num_bytes += size
+    if group:
+        yield group
 
 
-def _write_index(path: str, scratch: Scratch, aside: Path) -> None:
-    rows, sha256 = index_text(path, plain_text(path, scratch))
+def _write_indexes(paths: Sequence[str], scratch: Scratch, aside: Path) -> None:
     aside.mkdir()
-    (aside / "rows").write_bytes(rows.tobytes())  # not tofile, which hides that a disk is full
-    (aside / "sha256").write_text(sha256)
+    facts = []
+    with (aside / "rows").open("wb") as file:
+        for path in paths:
+            rows, sha256 = index_text(path, plain_text(path, scratch))
+            file.write(rows.tobytes())  # not tofile, which hides that a disk is full
+            facts.append((len(rows), sha256))
+    (aside / "facts.json").write_text(json.dumps(facts))
+
+
+def _read_indexes(folder: Path, paths: Sequence[str]) -> Iterator[tuple[str, LineIndex]]:
+    rows = folder / "rows"
+    first, time_ns = 0, rows.stat().st_mtime_ns
+    for path, (size, sha256) in zip(paths, json.loads((folder / "facts.json").read_text()), strict=True):
+        yield path, LineIndex(IndexPart(str(rows), first, size, time_ns), sha256, "its index at the start of the run")
+        first += size
 
 
 def index_text(

@@ -86,12 +86,12 @@ def read_manifest(path: str) -> Manifest:
         repeats = _whole(document["repeats"])
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a manifest ({type(error).__name__}: {error}); {remedy}") from error
     for shard in shards:
-        _check_path(path, file.parent, shard.path)
+        check_path(path, file.parent, shard.path)
     return Manifest(str(file.parent), shards, _index_parts(file, shards, remedy), repeats)
 
 
@@ -123,6 +123,8 @@ def _shard(entry: dict[str, Any]) -> Shard:
         bad={_text(cause): _whole(count) for cause, count in entry.get("bad", {}).items()},
         first_bad=_text(entry.get("first_bad", "")),
     )
+    if shard.path.endswith((".parquet", ".arrow")) and shard.rows and not groups:
+        raise ValueError(f"no groups of {shard.path!a}")
     if groups and sum(group.num_rows for group in groups) != shard.rows:
         raise ValueError(f"the groups of {shard.path} do not add up to its {shard.rows} rows")
     return shard
@@ -140,15 +142,17 @@ def _text(value: object) -> str:
     return value
 
 
-def _check_path(manifest: str, folder: Path, path: str) -> None:
+def check_path(manifest: str, folder: Path, path: str) -> None:
     """Refuse what is not a file below the manifest's folder."""
     parts = PurePosixPath(path).parts
     is_outside = not parts or path.startswith(("/", "~", "\\")) or ".." in parts or _URL.match(path) is not None
+    is_outside = is_outside or not path.isprintable()
     if not is_outside:
         # A link that leads out, of the file or of a folder above it; none of them is followed.
         is_outside = not Path(os.path.realpath(folder / path)).is_relative_to(os.path.realpath(folder))
     if is_outside:
-        raise DataError(f"{manifest}: {path!r} is not a file below {folder}; a manifest names files of its own folder")
+        remedy = "a manifest names files of its own folder, not links out of it"
+        raise DataError(f"{manifest}: {path!a} is not a file below {folder}; {remedy}")
 
 
 def write_manifest(folder: Path, shards: Sequence[Shard], index: Sequence[np.ndarray], repeats: int) -> None:

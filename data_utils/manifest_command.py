@@ -19,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from data_utils.formats import parse_row
 from data_utils.line_files import INDEX, index_text, parse_json, plain_text, sha256_of
-from data_utils.manifest import NAME, ROWS_NAME, Shard, write_manifest
+from data_utils.manifest import NAME, ROWS_NAME, Shard, check_path, write_manifest
 from data_utils.repeats import num_repeats, pair_hash
 from data_utils.schema import DataError, RowError
 from data_utils.scratch import Scratch
@@ -47,7 +47,11 @@ def main(argv: list[str]) -> int:
         print(f"  {shard.first_bad}")
     if options.json:
         summary = {"shards": len(shards), "rows": rows, "bytes": num_bytes, "bad": causes}
-        Path(options.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        try:
+            Path(options.json).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            console.print(f"error: {error.filename}: {error.strerror}", markup=False)
+            return 2
     return 1 if causes else 0
 
 
@@ -74,6 +78,8 @@ def describe(folder: Path, check: bool, num_workers: int, console: Console | Non
     paths = [path for path in files_below(str(folder)) if path.endswith(ENDINGS)]
     if not paths:
         raise DataError(f"no shards in {folder}; a shard is a file that ends in {', '.join(ENDINGS)}")
+    for path in paths:
+        check_path(str(folder / NAME), folder, os.path.relpath(path, folder))
     described: dict[str, tuple[Shard, np.ndarray, np.ndarray]] = {}
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:

@@ -88,10 +88,10 @@ class Scratch:
         try:
             build(aside)
         except OSError as error:
+            free = shutil.disk_usage(self.folder).free
             _remove(aside)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            free = shutil.disk_usage(self.folder).free
             message = f"{self.folder}: no room to unpack shards ({free:,} bytes free)"
             raise DataError(f"{message}; set TMPDIR to a folder with more") from error
         except BaseException:

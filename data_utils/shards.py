@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from data_utils import manifest
 from data_utils.formats import near_misses, num_pairs, parse_row
-from data_utils.line_files import LineFile, make_indexes
-from data_utils.manifest import fingerprint
+from data_utils.line_files import LineFile, LineIndex, make_indexes
 from data_utils.mixture import Part
 from data_utils.schema import DataError, PreferencePair, RowError
 from data_utils.scratch import Scratch
@@ -80,7 +80,7 @@ class ShardSet:
         both = zip(files, self._row_starts, strict=True)
         self._sizes = [file.num_rows if starts is None else int(starts[-1]) for file, starts in both]
         self._ends = np.cumsum(self._sizes)
-        self.fingerprint = fingerprint(self.facts())
+        self.fingerprint = manifest.fingerprint(self.facts())
 
     @classmethod
     def open(
@@ -102,9 +102,9 @@ class ShardSet:
         specs = [SourceSpec(source) if isinstance(source, str) else source for source in sources]
         found = find_files(specs)
         shared = scratch or Scratch(f"{os.getpid()} {time.time_ns()}")
-        make_indexes([item.path for item in found if item.is_lines and item.shard is None], shared)
+        made = make_indexes([item.path for item in found if item.is_lines and item.shard is None], shared)
         with ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            files = list(pool.map(lambda item: _open(item, shared, known), found))
+            files = list(pool.map(lambda item: _open(item, made, shared, known), found))
         if empty := [file.path for file in files if not file.num_rows]:
             raise DataError(f"{', '.join(empty)}: no rows; drop the empty shard or fill it")
         return cls(specs, found, files)
@@ -185,10 +185,14 @@ class ShardSet:
         return notes
 
     def unchecked(self) -> list[range]:
-        """Indices of the pairs whose rows no manifest has looked at."""
+        """Indices of the pairs that no manifest has looked at; of a ranked list it sees the best against the worst."""
         starts = self._ends - self._sizes
-        spans = zip(starts.tolist(), self._ends.tolist(), self._found, strict=True)
-        return [range(first, end) for first, end, item in spans if item.shard is None or not item.shard.checked]
+        facts = zip(starts.tolist(), self._ends.tolist(), self._found, self._row_starts, strict=True)
+        return [
+            range(first, end)
+            for first, end, item, row_starts in facts
+            if item.shard is None or not item.shard.checked or row_starts is not None
+        ]
 
     def bad_rows(self) -> tuple[Counter[str], str]:
         """What manifests know of rows that cannot be used: counts by cause, and what is wrong with the first."""
@@ -201,16 +205,6 @@ class ShardSet:
         """Pairs that repeat an earlier one, as far as manifests know."""
         return sum(item.repeats for item in self._found)
 
-    def check(self, indices: Iterable[int]) -> list[RowError]:
-        """Parse the given pairs and return what is wrong with them, in their order."""
-        errors = []
-        for index in indices:
-            try:
-                self.pair(int(index))
-            except RowError as error:
-                errors.append(error)
-        return errors
-
     def _locate(self, index: int) -> tuple[int, int, int]:
         """File, row in it, and which of the row's pairs."""
         file = int(np.searchsorted(self._ends, index, side="right"))
@@ -222,12 +216,13 @@ class ShardSet:
         return file, row, pair - int(starts[row])
 
 
-def _open(item: Found, scratch: Scratch, known: KnownHashes | None) -> ShardFile:
+def _open(item: Found, made: Mapping[str, LineIndex], scratch: Scratch, known: KnownHashes | None) -> ShardFile:
     shard, index = item.shard, item.index
     if shard is None or index is None:
-        return LineFile(item.path, scratch) if item.is_lines else TableFile(item.path, scratch, known=known)
+        is_table = not item.is_lines
+        return TableFile(item.path, scratch, known=known) if is_table else LineFile(item.path, scratch, made[item.path])
     if item.is_lines:
-        return LineFile(item.path, scratch, index, shard.identity)
+        return LineFile(item.path, scratch, LineIndex(index, shard.sha256, manifest.NAME))
     return TableFile(item.path, scratch, shard.groups, shard.identity, index)
 
 

@@ -83,14 +83,18 @@ def find_files(sources: Sequence[SourceSpec]) -> list[Found]:
     found = [item for number, source in enumerate(sources) for item in _expand(source.path, number)]
     if missing := [item.path for item in found if item.shard is None and not stores.exists(item.path)]:
         raise DataError(f"no such data: {', '.join(missing)}; check the paths and globs (from {os.getcwd()})")
-    if unknown := [item.path for item in found if not item.path.endswith(ENDINGS) or _is_folder(item)]:
+    if strange := [item.path for item in found if not item.path.isprintable()]:
+        names = ", ".join(ascii(path) for path in strange)
+        raise DataError(f"{names}: a name with control characters, or not in UTF-8; rename the file")
+    if unknown := [item.path for item in found if not item.path.endswith(ENDINGS) or not _is_file(item)]:
         raise DataError(f"no shards in {', '.join(unknown)}; a shard is a file that ends in {', '.join(ENDINGS)}")
     _refuse_twice(found)
     return sorted(found, key=lambda item: (item.source, item.is_streamed))
 
 
-def _is_folder(item: Found) -> bool:
-    return item.shard is None and stores.is_folder(item.path)
+def _is_file(item: Found) -> bool:
+    """Whether it is a regular file (reading from a pipe would wait for ever) or an object of a store."""
+    return not stores.is_folder(item.path) if stores.is_url(item.path) else os.path.isfile(item.path)
 
 
 def _refuse_twice(found: Sequence[Found]) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -82,12 +82,21 @@ def files_below(folder: str) -> list[str]:
         scheme = folder.split("://")[0]
         return sorted(_outside(scheme, path) for path in _retried(lambda: _remote(folder).find(_inside(folder))))
     files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         seen.add(os.path.realpath(place))
         # A link to a folder that was walked through already would lead in circles.
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
-        files += [os.path.join(place, name) for name in names]
+        folders[:] = [name for name in _visible(folders) if os.path.realpath(os.path.join(place, name)) not in seen]
+        files += [os.path.join(place, name) for name in _visible(names)]
     return sorted(files)
+
+
+def _visible(names: Sequence[str]) -> list[str]:
+    """What a glob would find too: no hidden files."""
+    return [name for name in names if not name.startswith(".")]
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise error
 
 
 def matching(pattern: str) -> list[str]:

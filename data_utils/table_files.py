@@ -11,6 +11,7 @@ import io
 import os
 import struct
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,8 @@ from data_utils.scratch import Scratch
 ENDINGS = (".parquet", ".arrow")
 MAPPED_GROUPS = 64
 _BYTES = "__row_bytes"
+_BROKEN = (pa.ArrowException, OSError, struct.error, IndexError, KeyError, SystemError, ValueError)
+"""What pyarrow raises over content that is damaged."""
 _TAIL = struct.Struct("<I4s")  # footer's length and magic at the end of a Parquet file
 
 
@@ -153,7 +156,7 @@ class TableFile:
             message = f"not valid UTF-8 ({error.reason}); convert the file"
             raise RowError(self.where(row), "invalid_utf8", message) from error
         del content[_BYTES]
-        return content
+        return {name: _without_nulls(value) for name, value in content.items()}
 
     def _locate(self, row: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -189,10 +192,13 @@ class TableFile:
             reader = self._open()
             if group >= len(reader.group_rows) or reader.group_rows[group] != self.group_rows[group]:
                 raise DataError(f"{self.path}: the shard was changed (other rows than recorded); restore it")
-            return reader.read(group, wanted_columns(reader.names))
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the system: the content was not even read
-                raise
+            table, found = reader.read(group, wanted_columns(reader.names))
+            if len(table) != self.group_rows[group]:
+                raise OSError(f"{len(table)} rows, {self.group_rows[group]} by its metadata")
+            return table, found
+        except _BROKEN as error:
+            if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is not None):
+                raise  # of the system: the content was not even read
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.path}: group {group} is corrupt ({reason}); fetch the file again") from error
 
@@ -205,13 +211,15 @@ class TableFile:
         kind = "Parquet" if self.path.endswith(".parquet") else "Arrow"
         try:
             reader = _ParquetReader(self.path) if kind == "Parquet" else _ArrowReader(self.path, self._scratch)
-        except (pa.ArrowException, OSError, struct.error) as error:
+        except _BROKEN as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = " ".join(str(error).split())[:200]
             message = f"{self.path}: truncated or corrupt {kind} ({reason}); fetch the file again"
             raise DataError(message) from error
-        if problem := missing_columns(reader.names):
+        if twice := [name for name, number in Counter(reader.names).items() if number > 1]:
+            raise DataError(f"{self.path}: more than one column {', '.join(map(repr, twice))}; keep one")
+        if reader.group_rows and (problem := missing_columns(reader.names)):
             raise DataError(f"{self.path}: {problem}")
         return reader
 
@@ -253,6 +261,7 @@ class _ParquetReader:
         source = pa.PythonFile(_Part(content, start, self._size), "r")
         file = pq.ParquetFile(source, metadata=self._metadata)
         table = file.read_row_group(group, columns=list(columns), use_threads=False)
+        table.validate(full=True)
         return table, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -314,11 +323,35 @@ class _ArrowReader:
         if os.path.getsize(self._local) != self._size:  # mapped memory behind the end of a file is not there
             raise OSError("its size has changed")
         batch = self._batches[group]
+        batch.validate(full=True)
         digest = hashlib.blake2b(digest_size=16)
         for column in batch.columns:
-            for buffer in column.buffers():
-                digest.update(b"" if buffer is None else buffer)
+            _hash_array(digest, column)
         return pa.Table.from_batches([batch]).select(list(columns)), digest.hexdigest()
+
+
+def _hash_array(digest: Any, array: pa.Array) -> None:
+    """Add all buffers of an array, and of the dictionaries in it."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        _hash_array(digest, array.indices)
+        _hash_array(digest, array.dictionary)
+        return
+    nested = [array.field(number) for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        nested = [array.values]
+    own = len(nested) and (1 if pa.types.is_struct(kind) else 2)
+    for buffer in array.buffers()[:own] if nested else array.buffers():
+        digest.update(b"" if buffer is None else buffer)
+    for child in nested:
+        _hash_array(digest, child)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the null keys that a struct has where another row has a value."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _text_bytes(array: pa.Array) -> np.ndarray:

@@ -45,8 +45,7 @@ class PairTokenizer:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._max_length = max_length
         self._eos_id = eos_id
-        controls = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._control_ids = frozenset([*tokenizer.all_special_ids, *controls])
+        self._control_ids = control_ids(tokenizer)
         # The unknown token is the one control token that text may give.
         self._never_in_text = self._control_ids - {unk_id}
         with_specials: list[int] = self._tokenizer("a")["input_ids"]
@@ -212,3 +211,9 @@ def _clipped(spans: Sequence[tuple[int, int]], start: int, size: int) -> Spans:
     """What of the spans lies within `size` places from `start`, counted from there; none of them empty."""
     inside = ((max(first - start, 0), min(last - start, size)) for first, last in spans)
     return tuple((first, last) for first, last in inside if first < last)
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all tokens that text must not give, and in one of which a response ends."""
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset([*tokenizer.all_special_ids, *added])

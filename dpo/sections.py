@@ -37,6 +37,7 @@ class DataSource:
 
     def __post_init__(self) -> None:
         positive("weight of a source", self.weight)
+        require(self.weight <= 1000, f"weight of a source must be at most 1000, not {self.weight:g}")
         if self.cap is not None:
             at_least("cap of a source", self.cap, 1)
         if self.beta is not None:

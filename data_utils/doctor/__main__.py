@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         _write(arguments.page, page(report))
         if arguments.json is not None:
             _write(arguments.json, _as_json(report))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print_summary(report, arguments.page)

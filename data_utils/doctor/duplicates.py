@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 SKETCH_SIZE = 64
-BAND_ROWS = 4  # bytes of a band, read as one uint32
 SHINGLE_BYTES = 6
 MAX_SKETCHED_CHARS = 1 << 14  # of one text; bounds memory, and the start of a long text tells enough
 SIMILAR = 0.8  # from here on two texts are near-duplicates

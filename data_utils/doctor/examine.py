@@ -72,12 +72,11 @@ def _clamped(limit: int, asked: int) -> Habit:
 
 
 def _measure(tokenizer: PreTrainedTokenizerBase) -> Measure:
-    from data_utils.tokenize import PairTokenizer
+    from data_utils.tokenize import PairTokenizer, control_ids
 
-    controls = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     bos_id = tokenizer.bos_token_id
     assert bos_id is None or isinstance(bos_id, int)
-    return Measure(PairTokenizer(tokenizer, UNLIMITED).many, bos_id, frozenset([*tokenizer.all_special_ids, *controls]))
+    return Measure(PairTokenizer(tokenizer, UNLIMITED).many, bos_id, control_ids(tokenizer))
 
 
 @contextmanager

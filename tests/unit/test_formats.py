@@ -10,6 +10,7 @@ import pytest
 from data_utils.formats import missing_columns, near_misses, parse_row, wanted_columns
 from data_utils.schema import PairColumns, RowError
 from data_utils.shards import ShardSet
+from tests.rows import problems
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -288,7 +289,7 @@ def test_every_fault_of_a_row_is_named_with_its_file_and_line(tmp_path: Path) ->
     path = tmp_path / "shard.jsonl"
     lines = [json.dumps(row) for row, _, _ in FAULTS.values()]
     path.write_text("\n\n".join([json.dumps(STRINGS), *lines]) + "\n", encoding="utf-8")
-    errors = ShardSet.open([str(path)]).check(range(len(FAULTS) + 1))
+    errors = problems(ShardSet.open([str(path)]))
     assert len(errors) == len(FAULTS)
     for place, (error, (_, cause, says)) in enumerate(zip(errors, FAULTS.values(), strict=True), start=1):
         assert error.cause == cause and str(error).startswith(f"{path}:{2 * place + 1}: ") and says in str(error)

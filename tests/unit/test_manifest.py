@@ -16,14 +16,7 @@ from data_utils import stores
 from data_utils.manifest_command import describe, main
 from data_utils.schema import DataError
 from data_utils.shards import ShardSet
-
-
-def row(number: int) -> dict[str, str]:
-    return {"prompt": f"prompt {number}", "chosen": f"good {number}", "rejected": f"bad {number}"}
-
-
-def jsonl(numbers: range) -> bytes:
-    return b"".join(json.dumps(row(number)).encode() + b"\n" for number in numbers)
+from tests.rows import jsonl, row
 
 
 def stored(content: bytes) -> bytes:
@@ -193,5 +186,23 @@ def test_a_torn_index_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"manifest\.rows: 959 bytes, where 40 rows need 960"):
         ShardSet.open([str(folder)])
     rows.write_bytes(bytes(960))
-    with pytest.raises(DataError, match="the shard was changed"):
+    with pytest.raises(DataError, match=r"the rows of manifest\.json do not fit it; write the manifest again"):
         prompts(ShardSet.open([str(folder)]))
+
+
+def test_a_dictionary_edited_in_an_arrow_file_is_found(tmp_path: Path) -> None:
+    texts = pa.array(["good one", "good two"]).dictionary_encode()
+    table = pa.table({"prompt": ["a", "b"], "chosen": texts, "rejected": ["c", "d"]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    describe(tmp_path, check=True, num_workers=1)
+    edit(tmp_path / "a.arrow", b"good", b"evil")
+    with pytest.raises(DataError, match=r"a\.arrow:1-2: the shard was changed"):
+        prompts(ShardSet.open([str(tmp_path)]))
+
+
+def test_the_command_refuses_links_out_of_the_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder.parent / "other.jsonl").write_bytes(jsonl(range(3)))
+    (folder / "link.jsonl").symlink_to(folder.parent / "other.jsonl")
+    assert main([str(folder), "--workers", "1"]) == 2
+    assert "'link.jsonl' is not a file below" in capsys.readouterr().err

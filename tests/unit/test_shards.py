@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -16,8 +17,10 @@ import pytest
 
 from data_utils import line_files, table_files
 from data_utils.schema import DataError, RowError
+from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.sources import SourceSpec
+from tests.rows import problems
 
 
 def row(number: int) -> dict[str, str]:
@@ -92,7 +95,7 @@ def test_bad_lines_name_their_place_and_cause(tmp_path: Path, line: bytes, cause
         shards.pair(1)
     assert caught.value.cause == cause and caught.value.where == f"{path}:2"
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
-    assert [error.where for error in shards.check(range(3))] == [f"{path}:2"]
+    assert [error.where for error in problems(shards)] == [f"{path}:2"]
 
 
 def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_parquet_messages_and_null_columns(tmp_path: Path) -> None:
     shards = ShardSet.open([write_parquet(tmp_path / "a.parquet", rows)])
     assert shards.row_bytes(np.arange(2)).tolist() == [19, 20 + 17]
     assert shards.pair(1).prompt == turns and shards.pair(1).columns.weight == 2.0
-    assert [(error.cause, error.where) for error in shards.check([0, 1])] == [("schema", f"{tmp_path}/a.parquet:1")]
+    assert [(error.cause, error.where) for error in problems(shards)] == [("schema", f"{tmp_path}/a.parquet:1")]
 
 
 def test_parquet_rows_in_any_order_with_a_small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +228,59 @@ def test_a_file_that_changes_while_it_is_open_is_refused(tmp_path: Path) -> None
 def test_urls_of_unknown_kinds_are_refused_without_a_request(url: str) -> None:
     with pytest.raises(DataError, match=r"is no place for shards"):
         ShardSet.open([url])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_tables_are_refused_or_read_but_never_crash(tmp_path: Path, seed: int) -> None:
+    table = pa.Table.from_pylist([row(number) for number in range(40)])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    rng = np.random.default_rng(seed)
+    content = bytearray((tmp_path / "a.arrow").read_bytes())
+    for place in rng.integers(len(content) // 3, len(content), 3):
+        content[place] ^= 1 << int(rng.integers(8))
+    (tmp_path / "a.arrow").write_bytes(content)
+    with contextlib.suppress(DataError):  # damaged texts that are still texts cannot be told without a manifest
+        prompts(ShardSet.open([str(tmp_path)]))
+
+
+def test_special_files_and_strange_names_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"no shards in .*pipe\.jsonl"):
+        ShardSet.open([str(tmp_path)])
+    (tmp_path / "pipe.jsonl").unlink()
+    write(tmp_path / "a\udcff.jsonl", jsonl([row(1)]))
+    with pytest.raises(DataError, match="not in UTF-8; rename the file"):
+        ShardSet.open([str(tmp_path)])
+
+
+def test_folders_that_are_linked_are_read_and_hidden_files_are_not(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.jsonl", jsonl([row(2)]))
+    write(tmp_path / "data" / "a.jsonl", jsonl([row(1)]))
+    write(tmp_path / "data" / "._a.jsonl", b"\0\1")
+    write(tmp_path / "data" / ".ipynb_checkpoints" / "c.jsonl", jsonl([row(3)]))
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert prompts(ShardSet.open([str(tmp_path / "data")])) == ["prompt 1", "prompt 2"]
+
+
+def test_keys_that_only_other_rows_of_a_table_have_are_absent(tmp_path: Path) -> None:
+    """A column of structs has all keys in all rows; the chat template must not see them."""
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": {key: {"type": "string"}}}}}
+        for key in ("a", "b")
+    ]
+    turns = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "y"}]}
+    turns["rejected"] = [{"role": "assistant", "content": "n"}]
+    path = write_parquet(tmp_path / "a.parquet", [turns | {"tools": [tool]} for tool in tools])
+    shards = ShardSet.open([path])
+    assert [shards.pair(index).tools for index in range(2)] == [(tools[0],), (tools[1],)]
+
+
+def test_many_small_files_are_indexed_together(tmp_path: Path) -> None:
+    """Files are indexed by the hundred; a scratch entry for each would take half a minute."""
+    for number in range(1000):
+        (tmp_path / f"{number:05d}.jsonl").write_bytes(jsonl([row(number)]))
+    scratch = Scratch(str(tmp_path))
+    assert len(ShardSet.open([str(tmp_path)], scratch)) == 1000
+    assert len([entry for entry in scratch.folder.iterdir() if entry.is_dir()]) == 4

@@ -19,14 +19,7 @@ from data_utils import stores
 from data_utils.schema import DataError
 from data_utils.shards import ShardSet
 from data_utils.sources import SourceSpec, find_files
-
-
-def row(number: int) -> dict[str, str]:
-    return {"prompt": f"prompt {number}", "chosen": f"good {number}", "rejected": f"bad {number}"}
-
-
-def jsonl(numbers: range) -> bytes:
-    return b"".join(json.dumps(row(number)).encode() + b"\n" for number in numbers)
+from tests.rows import jsonl, row
 
 
 def write_parquet(path: Path, numbers: range) -> None:

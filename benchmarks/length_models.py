@@ -116,6 +116,13 @@ LENGTH_MODELS = {
         0.4,
         "the 1.69 kB per comparison that the card of openai_summarize_comparisons gives, and its factor of 1.85",
     ),
+    "p64": LengthModel(
+        Length(64, 0.0),
+        Length(200, 0.6),
+        Length(200, 0.6),
+        0.5,
+        "made up: prompts of 64 tokens, where sharing them saves little",
+    ),
 }
 
 

@@ -86,7 +86,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the record there")
     parser.add_argument("--record", metavar="FOLDER", help="keep the record, dated, with a plot")
     options = parser.parse_args(argv)
-    options.command = shlex.join(["benchmarks/compare_trl.py", *(sys.argv[1:] if argv is None else argv)])
+    words = [Path(word).name if "/" in word else word for word in (sys.argv[1:] if argv is None else argv)]
+    options.command = shlex.join(["benchmarks/compare_trl.py", *words])  # no folders of this machine
     return options
 
 
@@ -156,7 +157,9 @@ def _rival(case: Case, options: argparse.Namespace, name: str, mode: str, folder
 
 
 def _plain(measured: Measured) -> dict[str, Any]:
-    return asdict(measured) | {
+    plain = asdict(measured)
+    del plain["side"]["folder"]
+    return plain | {
         "name": measured.side.name,
         "mode": measured.side.mode,
         "counted": measured.counted,

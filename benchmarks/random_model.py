@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-UNKNOWN, EOS = "w0", "w1"
+UNKNOWN, EOS = "w0", "</s>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,14 @@ ONE_B = Shape(128_256, hidden=2048, ffn=8192, layers=16, heads=32, kv_heads=8, i
 
 
 def write_model(folder: Path, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Path:
-    """Save a random model and its tokenizer into `folder`."""
+    """Save a random model and a tokenizer of words into `folder`."""
+    write_weights(folder, shape, dtype, device, seed)
+    write_word_tokenizer(folder, shape.vocabulary)
+    return folder
+
+
+def write_weights(folder: Path, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+    """Save a random model, whose EOS is token 1, into `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -75,15 +82,14 @@ def write_model(folder: Path, shape: Shape, dtype: torch.dtype, device: str, see
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
-    _write_tokenizer(folder, shape.vocabulary)
-    return folder
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_word_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Save a tokenizer whose tokens are the words w0, w2, w3, ... and an EOS into `folder`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(vocabulary)}
+    words = {EOS if number == 1 else f"w{number}": number for number in range(vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=UNKNOWN, eos_token=EOS).save_pretrained(folder)
@@ -115,7 +121,7 @@ def write_pairs(path: Path, num_pairs: int, shape: PairShape, vocabulary: int, s
     for _ in range(num_pairs):
         prompt, chosen, rejected = (random.randint(*span) for span in (shape.prompt, shape.response, shape.response))
         sides = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        row = {side: " " + _words(random, length, vocabulary) for side, length in sides.items()}
+        row = {side: " " + random_words(random, length, vocabulary) for side, length in sides.items()}
         rows.append(json.dumps(row) + "\n")
         prompts += prompt
         scored += chosen + rejected + 2
@@ -123,7 +129,8 @@ def write_pairs(path: Path, num_pairs: int, shape: PairShape, vocabulary: int, s
     return PairSums(num_pairs, 2 * prompts + scored, prompts + scored, scored)
 
 
-def _words(random: Random, length: int, vocabulary: int) -> str:
+def random_words(random: Random, length: int, vocabulary: int) -> str:
+    """So many words of which each is one token, none of them special."""
     return " ".join(f"w{random.randrange(2, vocabulary)}" for _ in range(length))
 
 

@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,18 +26,14 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
-from benchmarks.record import git
+from benchmarks.chat_bpe import train_bpe
+from benchmarks.record import cpu_name, git
 from data_utils.schema import Message, PreferencePair, RowError, TokenizedPair
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     pairs, num_bad = _pairs(shards)
     if options.as_strings:
         pairs = [_as_strings(pair) for pair in pairs]
-    tokenizer = _load(options.model) if options.model else _trained(pairs, options.train_vocab)
+    tokenizer = _load(options.model) if options.model else train_bpe(pairs, options.train_vocab)
     tokenize = PairTokenizer(tokenizer, options.max_length)
     _require_equal(tokenize, tokenizer, pairs)
     ours, plain = _alternate(
@@ -100,32 +96,6 @@ def _load(folder: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-def _trained(pairs: Sequence[PreferencePair], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of the pairs' own text, with ChatML; equal for equal pairs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(_said_in(pairs), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", CHATML
-    return tokenizer
-
-
-def _said_in(pairs: Iterable[PreferencePair]) -> Iterable[str]:
-    for pair in pairs:
-        for part in (pair.prompt, pair.chosen, pair.rejected):
-            yield from [part] if isinstance(part, str) else [turn["content"] for turn in part if turn.get("content")]
 
 
 def _in_batches(tokenize: PairTokenizer, pairs: list[PreferencePair], size: int) -> list[TokenizedPair | RowError]:
@@ -203,19 +173,12 @@ def _record(
         "versions": {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
         | {"transformers": transformers.__version__},
         "commit": git("rev-parse", "HEAD"),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
     }
 
 
 def _num_ids(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
-def _cpu() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

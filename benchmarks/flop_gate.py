@@ -24,7 +24,17 @@ from benchmarks.record import write_record
 
 RECORD = ROOT / "benchmarks" / "records" / "flops-tiny.json"
 LIMIT = 0.03
-MEMBERS = [(mode, layout, "live") for mode in ("full", "lora") for layout in ("auto", "padded", "packed")]
+MEMBERS = [
+    (mode, layout, reference)
+    for mode in ("full", "lora")
+    for layout, reference in (
+        ("auto", "live"),
+        ("padded", "live"),
+        ("packed", "live"),
+        ("shared", "live"),
+        ("shared", "stored-warm"),
+    )
+]
 """(mode, layout, reference); add what there is, and write the record anew."""
 COMMAND = "python -m benchmarks.flop_gate --write"
 

@@ -144,6 +144,9 @@ def _sweep(home: Path, except_for: str) -> None:
     for folder in home.iterdir():
         if folder.name == except_for:
             continue
+        if folder.name.startswith("."):  # out of the way already, by a process that may have been killed since
+            _remove(folder)
+            continue
         try:
             lock = os.open(folder / _IN_USE, os.O_RDWR | os.O_CLOEXEC)
         except OSError:  # its owner is just about to make or to remove it

@@ -80,6 +80,7 @@ class ShardSet:
         both = zip(files, self._row_starts, strict=True)
         self._sizes = [file.num_rows if starts is None else int(starts[-1]) for file, starts in both]
         self._ends = np.cumsum(self._sizes)
+        self._unpacked: set[tuple[int, int]] = set()
         self.fingerprint = manifest.fingerprint(self.facts())
 
     @classmethod
@@ -151,9 +152,12 @@ class ShardSet:
     def unpack(self, indices: Sequence[int]) -> None:
         """Unpack what the given pairs lie in, several blocks at a time, so that `pair` finds it done."""
         places = [self._locate(index) for index in indices]
-        blocks = {(file, self._files[file].block(row)) for file, row, _ in places}
-        with ThreadPoolExecutor(min(_UNPACKING_THREADS, len(blocks) or 1)) as pool:
+        blocks = {(file, self._files[file].block(row)) for file, row, _ in places} - self._unpacked
+        if not blocks:
+            return
+        with ThreadPoolExecutor(min(_UNPACKING_THREADS, len(blocks))) as pool:
             list(pool.map(lambda place: self._files[place[0]].unpack(place[1]), sorted(blocks)))
+        self._unpacked |= blocks
 
     def where(self, index: int) -> str:
         """ "file:line" of a pair's row, counted from 1 (tables: file:row; with #number where a row gives several)."""

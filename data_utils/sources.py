@@ -25,7 +25,7 @@ class SourceSpec:
     """A source of data.
 
     Attributes:
-        path: a file, a folder, a glob, a manifest.json, or a URL of one of these.
+        path: a file, a folder, a glob, a manifest.json, or the URL of a file, folder or glob.
         name: what its pairs are called in metrics; empty: their own column `source`, or nothing.
         weight: how often each of its rows comes per epoch, on average. 2: twice; 0.5: every other row, the other half
             in the next epoch.
@@ -112,6 +112,8 @@ def _expand(path: str, source: int) -> list[Found]:
     if path.startswith("hf://"):
         return _expand_hub(path, source)
     if PurePosixPath(path).name == manifest.NAME:
+        if stores.is_url(path):
+            raise DataError(f"{path}: a manifest is read from a folder of this machine; name the shards' folder")
         return _listed(path, source)
     if stores.is_folder(path):
         if not stores.is_url(path) and os.path.isfile(os.path.join(path, manifest.NAME)):
@@ -161,10 +163,10 @@ def _listed(path: str, source: int) -> list[Found]:
 
 def _expand_hub(path: str, source: int) -> list[Found]:
     """Parquet files of a data set of the hub: those that a path or glob names, else its split `train`."""
-    owner, name, *inside = [*path.removeprefix("hf://").removeprefix("datasets/").rstrip("/").split("/"), ""]
-    if not owner or not name:
+    parts = path.removeprefix("hf://").removeprefix("datasets/").rstrip("/").split("/")
+    if len(parts) < 2 or not all(parts):
         raise DataError(f"{path}: a data set of the hub is hf://owner/name")
-    inside = inside[:-1]
+    owner, name, *inside = parts
     root = f"hf://{owner}/{name}"
     if inside:
         pattern = path if inside[-1].endswith(ENDINGS) or glob.has_magic(path) else f"{path.rstrip('/')}/**/*.parquet"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import transformers
-from transformers import PreTrainedTokenizerBase
 
 from data_utils.loader import StepLoader
 from data_utils.order import Order
@@ -95,8 +94,8 @@ def _parts(config: Config, world: World, shards: ShardSet, held_out: ShardSet | 
 
 def _reference(
     config: Config, world: World, parts: list[_Part], terminal: Terminal
-) -> tuple[StoredReference, PreTrainedTokenizerBase]:
-    """The stored reference over a model that was loaded for it alone; and the tokenizer of the policy."""
+) -> tuple[StoredReference, PairTokenizer]:
+    """The stored reference over a model that was loaded for it alone; and what makes token ids for the policy."""
     policy = Pretrained.open(config.model.path, config.model.attn_implementation, config.model.trust_remote_code)
     source = open_reference(config, policy)
     tokenizer = open_tokenizer(config)
@@ -119,7 +118,7 @@ def _reference(
         steps_per_epoch=parts[0].num_steps,
         say=terminal.say,
     )
-    return reference, tokenizer
+    return reference, PairTokenizer(tokenizer, max_length(config, policy))
 
 
 def _alone(config: Config) -> Config:
@@ -140,7 +139,7 @@ def _fill_all(
     stop: StopRequest,
     parts: list[_Part],
     reference: StoredReference,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PairTokenizer,
     terminal: Terminal,
 ) -> bool:
     total, before = sum(part.num_steps for part in parts), 0
@@ -167,12 +166,11 @@ def _fill_all(
 
 
 def _loader(
-    config: Config, world: World, part: _Part, reference: StoredReference, tokenizer: PreTrainedTokenizerBase
+    config: Config, world: World, part: _Part, reference: StoredReference, tokenizer: PairTokenizer
 ) -> StepLoader:
-    policy = Pretrained.open(config.model.path, config.model.attn_implementation, config.model.trust_remote_code)
     return StepLoader(
         part.shards,
-        PairTokenizer(tokenizer, max_length(config, policy)),
+        tokenizer,
         part.order,
         rank=world.rank,
         world_size=world.size,

@@ -60,7 +60,7 @@ class MeteredRun(Run):
 
     def steps(self, first: int) -> Any:
         """See `Run`: the meter starts before anything of the first step is made, so that filling a store is counted."""
-        facts = {"ids_sha256": self._ids_digest(), "layout": self.layout, "why": self._why_layout}
+        facts = {"ids_sha256": self._ids_digest(), "layout": self.parts.layout, "why": self.parts.why_layout}
         self.meter.start([self.engine.policy], facts)
         steps = super().steps(first)
         while True:
@@ -99,7 +99,7 @@ def run_ours(case: Case, side: Side, meter: Meter) -> None:
     run.meter = meter
     shards = ShardSet.open([f"{case.folder}/tokenize.jsonl"])
     pairs = [shards.pair(index) for index in range(len(shards))]
-    tokenize = PairTokenizer(run.tokenizer, case.size.max_length)
+    tokenize = PairTokenizer(run.parts.tokenizer, case.size.max_length)
 
     def tokenize_all() -> dict[str, Any]:
         since = time.process_time()

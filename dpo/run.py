@@ -1,190 +1,46 @@
-"""One run, built and kept: its parts, and what happens between steps (log, evaluate, save, resume, finish)."""
+"""One run: what happens at its start, after each step and at its end. `dpo.parts` builds, `dpo.journal` counts and
+tells, `dpo.saving` saves and resumes."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-import transformers
 from torch import Tensor
 
-from data_utils.loader import StepLoader
-from data_utils.order import Order
-from data_utils.record import DataRecord
-from data_utils.schema import Layout, PairBatch, RowError
-from data_utils.scratch import Scratch
-from data_utils.shards import ShardSet
-from data_utils.skipped import Skipped
-from data_utils.tokenize import PairTokenizer
-from dpo import checkpoint
-from dpo.build import (
-    choose_layout,
-    max_length,
-    open_reference,
-    open_scorer,
-    open_shards,
-    open_tokenizer,
-    settle_layout,
-)
-from dpo.checkpoint import TrainerState
-from dpo.config import Config, ConfigError
-from dpo.ds_json import read_ds_json
-from dpo.engine import Build, Engine, StepResult, build_engine, compute_dtype
-from dpo.evaluate import Evaluator
+from data_utils.schema import PairBatch
+from dpo.config import Config
+from dpo.engine import StepResult
 from dpo.export import export
 from dpo.gates import require_step0, step0_gap
-from dpo.identity import making_facts
+from dpo.journal import Journal
 from dpo.loss import PairLogps
-from dpo.metrics import Tally, Throughput, means, peak_flops
-from dpo.objective import Objective
-from dpo.plan import learning_rate, make_plan
-from dpo.policy import Pretrained, Sizes
-from dpo.reference import Reference
+from dpo.parts import Parts
+from dpo.plan import learning_rate
 from dpo.runlog import RunLog
+from dpo.saving import Saver
 from dpo.signals import StopRequest
-from dpo.steps import FILLER_ID, AgreedStep, agree
-from dpo.stored import StoredReference, open_store
-from dpo.terminal import Terminal, count, duration
+from dpo.steps import AgreedStep
+from dpo.terminal import Terminal, duration
 from dpo.world import World
-
-logger = logging.getLogger("dpo")
-
-
-@dataclass
-class Totals:
-    """What has happened since the start of the run, over all of its processes."""
-
-    pairs_seen: int = 0
-    rows_skipped: Counter[str] = field(default_factory=Counter)
-    steps_skipped: int = 0
-    seconds: float = 0.0
-    eval_before: dict[str, float] = field(default_factory=dict)
 
 
 class Run:
-    """The parts of a run, and its bookkeeping."""
+    """A run as the loop sees it.
+
+    Attributes:
+        parts: what it is built from.
+        engine, reference, objective: those of them that the loop names.
+        plan, order, loader: and those that tools name.
+    """
 
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest) -> None:
         self.config, self.world, self.log, self.stop = config, world, log, stop
-        transformers.utils.logging.disable_progress_bar()
         self.terminal = Terminal(world.is_main)
-        self.scratch = world.together(lambda: Scratch(str(log.directory.resolve())))
-        may_change = "data.train" in config.checkpoint.allow_changes or not checkpoint.any_in(self._checkpoints)
-        self.record = DataRecord(log.directory / "data", forget=may_change)
-        self.shards, self._notes = open_shards(config.data.train, config, world, self.scratch, self.record)
-        self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
-        self.plan = make_plan(config, world.size, self.order.pairs_per_epoch)
-        self.source = Pretrained.open(
-            config.model.path, config.model.attn_implementation, config.model.trust_remote_code
-        )
-        reference_source = open_reference(config, self.source)
-        ds_json = None if config.parallel.ds_config is None else read_ds_json(config.parallel.ds_config)
-        self.tokenizer = open_tokenizer(config)
-        self._probe_tokenizer()
-        self.layout: Layout
-        self.layout, self._why_layout = choose_layout(config, self.source, reference_source)
-        self.dtype = compute_dtype(config.model.dtype, world.device)
-        held_out = None
-        if config.data.eval:
-            held_out, notes = open_shards(config.data.eval, config, world, self.scratch, self.record)
-            self._notes += notes
-        world.together(log.lock)
-        log.open(world)
-        log.status("running", 0)
-        world.together(self.record.open)
-        self.objective = Objective(config.loss)
-        build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
-        self.engine: Engine = build_engine(build)
-        if why := settle_layout(config, self.source, self.engine, self.dtype, world):
-            self.layout, self._why_layout = self.engine.policy.layout, why
-        self.reference = self._reference(reference_source)
-        self.loader = self._loader(self.shards, self.order, config.data.num_workers)
-        self.evaluator = None if held_out is None else self._evaluator(held_out)
-        self._sizes = Sizes.of(self.engine.policy)
-        self.tally = Tally(world)
-        self.throughput = Throughput(world, self._sizes, peak_flops(world.device, self.dtype))
-        self.totals = Totals()
-        self._steps_skipped = torch.zeros((), device=world.device)
-        self._skipped = Skipped()  # by this rank, in this process
-        self._num_skipped = 0  # by all ranks
-        self._unread: set[str] = set()
-        self._logged_forwards = 0
-        self._saved: int | None = None
-
-    # ---- building
-
-    def _reference(self, source: Pretrained) -> Reference:
-        config = self.config
-        scorer = open_scorer(config, source, self.engine)
-        if config.reference.mode != "stored":
-            return Reference(scorer())
-        making = making_facts(self.tokenizer, max_length(config, self.source))
-        opened = open_store(config, source, making, self.dtype, self.world, self.terminal.say)
-        return StoredReference(
-            scorer,
-            opened,
-            self.world,
-            layout=self.layout,
-            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-            dtype=self.dtype,
-            steps_per_epoch=self.plan.steps_per_epoch,
-            say=self.terminal.say,
-        )
-
-    def _worst(self, gap: float) -> float:
-        return max(self.world.gather_objects(gap))
-
-    def _probe_tokenizer(self) -> None:
-        """Tokenize one row before any weights are read: a missing chat template shows now, not after minutes."""
-        with contextlib.suppress(RowError):  # this row's own fault, which the loader handles
-            self._pair_tokenizer()(self.shards.pair(0), 0)
-
-    def _pair_tokenizer(self) -> PairTokenizer:
-        return PairTokenizer(self.tokenizer, max_length(self.config, self.source))
-
-    def _loader(self, shards: ShardSet, order: Order, num_workers: int = 0) -> StepLoader:
-        return StepLoader(
-            shards,
-            self._pair_tokenizer(),
-            order,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            layout=self.layout,
-            tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch,
-            pad_token_id=FILLER_ID,
-            on_bad_row=self.config.data.on_bad_row,
-            pin_memory=self.world.device.type == "cuda",
-            num_workers=num_workers,
-        )
-
-    def _evaluator(self, shards: ShardSet) -> Evaluator:
-        """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
-        loader = self._loader(shards, Order(shards.parts, len(shards), self.config.train.seed, shuffle=False))
-        (step,) = self._agreed(loader, 0, 1)
-        skipped = Skipped()
-        skipped.add(step.skipped)
-        whole = Skipped.together(self.world.gather_objects(skipped))
-        whole.judge(loader.order.pairs_per_epoch, self.config.data.max_bad_fraction)
-        return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
-
-    def _everyones_skipped(self) -> Skipped:
-        """Rows left out in this process, over all ranks."""
-        return Skipped.together(self.world.gather_objects(self._skipped)) if self._num_skipped else Skipped()
-
-    def _skipped_rows(self) -> dict[str, int]:
-        """Metrics: rows left out since the start of the run, and how many for each cause."""
-        causes = self.totals.rows_skipped + self._everyones_skipped().causes
-        return {"skipped_rows": causes.total()} | {f"skipped_rows/{cause}": causes[cause] for cause in sorted(causes)}
-
-    def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
-        steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
-        return map(self.reference.complete, steps)
+        self.parts = parts = Parts(config, world, log, stop, self.terminal)
+        self.engine, self.reference, self.objective = parts.engine, parts.reference, parts.objective
+        self.plan, self.order, self.loader = parts.plan, parts.order, parts.loader
+        self.journal = Journal(parts)
+        self.saver = Saver(parts, self.journal)
 
     # ---- starting
 
@@ -195,37 +51,7 @@ class Run:
             ConfigError: the data are not those of the checkpoint.
             CheckpointError: it cannot be used.
         """
-        resume = self.config.checkpoint.resume
-        found = None if resume == "never" else checkpoint.find(self._checkpoints, resume, self.world)
-        if found is None:
-            self.log.rewind(-1)
-            self._keep_facts()
-            return 0
-        path, state = found
-        dtype = str(self.dtype).removeprefix("torch.")
-        checkpoint.check_compatible(path, state, self.plan.engine, self._trained, dtype)
-        if "data.train" not in self.config.checkpoint.allow_changes:
-            if state.data != self.shards.fingerprint:
-                changes = self.record.differences(self.shards.facts()) or "other files"
-                remedy = "restore them, or set --checkpoint.allow_changes data.train"
-                raise ConfigError(f"data.train: not the shards of {path} ({changes}): {remedy}")
-            assert state.cursor == self.order.cursor(state.step)
-        self._keep_facts()
-        checkpoint.restore(path, self.engine, self.world)
-        self.log.rewind(state.step or -1)  # from step 0 the evaluation before training is made again
-        if self.world.is_main:
-            self.tally.add_sums(state.sums, state.num_pairs)
-        self._steps_skipped += state.steps_skipped
-        self.totals = Totals(
-            state.pairs_seen, Counter(state.rows_skipped), state.steps_skipped, state.seconds, dict(state.eval_before)
-        )
-        self.log.status("running", state.step)
-        self.terminal.say(f"resume     {path.name}")
-        return state.step
-
-    def _keep_facts(self) -> None:
-        facts = self.shards.facts() if self.world.is_main else []
-        self.world.together(lambda: self.record.keep_facts(facts) if facts else None)
+        return self.saver.resume()
 
     def steps(self, first: int) -> Iterator[AgreedStep]:
         """The steps from `first` to the end of the plan; before the very first one, policy and reference must agree.
@@ -233,76 +59,33 @@ class Run:
         Raises:
             ValueError: data that cannot be used; what was trained until then is saved.
         """
-        self._say_hello(first)
-        for note in self._notes:
-            self.terminal.say(note)
+        self.journal.hello(first)
         if first == 0:
             self._check_step0()
-            self.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}
-        self.terminal.start(first, self.plan.num_steps)
-        self.throughput.clear()
-        self._since = time.perf_counter()
+            self.journal.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}
+        self.journal.start(first)
         done = first
         try:
-            for step in self._agreed(self.loader, first, self.plan.num_steps):
-                self._watch_data(step, first)
+            for step in self.parts.steps(first, self.plan.num_steps):
+                self.journal.watch_data(step, first)
                 yield step
                 done = step.number + 1
         except ValueError:
             if done > first:
-                self.save(done)
+                self.saver.save(done)
             self.reference.close()
             raise
-
-    def _watch_data(self, step: AgreedStep, first: int) -> None:
-        """Stop when too many rows were left out; name columns that the loss does not read, once."""
-        self._skipped.add(step.skipped)
-        self._num_skipped += step.num_skipped
-        num_rows = self.plan.pairs_per_epoch * (step.epoch - first // self.plan.steps_per_epoch + 1)
-        if self._num_skipped > self.config.data.max_bad_fraction * num_rows:
-            self._everyones_skipped().judge(num_rows, self.config.data.max_bad_fraction)
-        unread = {name for batch in step.micro_batches for name in self.objective.unread_columns(batch)}
-        if names := sorted(unread - self._unread):
-            loss = self.config.loss.type[0]
-            self.terminal.say(f"warning: the rows' {', '.join(names)} are not read by loss.type={loss}")
-        self._unread |= unread
 
     def _check_step0(self) -> None:
         """Hold policy against reference on this rank's first pairs."""
         if self.config.reference.path is not None:
             return
-        (step,) = self._agreed(self.loader, 0, 1)
+        (step,) = self.parts.steps(0, 1)
         batch = step.micro_batches[0].to(self.world.device)
-        gap = self._worst(step0_gap(self.engine, self.reference, batch))
-        require_step0(gap, self.dtype, self.reference.remedy)
+        gap = max(self.world.gather_objects(step0_gap(self.engine, self.reference, batch)))
+        require_step0(gap, self.parts.dtype, self.reference.remedy)
 
-    def _say_hello(self, first: int) -> None:
-        sizes = self._sizes
-        plan, batch = self.plan, self.config.batch
-        self.terminal.facts(
-            {
-                "model": f"{self.config.model.path} ({count(sizes.all)} parameters, {self.dtype})".replace(
-                    "torch.", ""
-                ),
-                "trains": f"{count(sizes.trained)} ({sizes.trained / sizes.all:.2%}), {self._trained}",
-                "reference": self._where_reference(),
-                "engine": f"{plan.engine} on {plan.world_size} x {self.world.device.type}",
-                "layout": f"{self.layout} ({self._why_layout})",
-                "pairs": f"{plan.pairs_per_epoch} for training",
-                "steps": f"{plan.num_steps} of {batch.pairs_per_step} pairs" + (f", from {first}" if first else ""),
-                "run": str(self.log.directory),
-            }
-        )
-
-    def _where_reference(self) -> str:
-        path, source = self.config.reference.path, self.config.reference_source
-        text = source + (f" of {path}" if path else "")
-        if isinstance(self.reference, StoredReference):
-            store = self.reference.store
-            return f"{len(store):,} stored pairs of {store.folder}; {text} for others"
-        return text
-
-    # ---- between steps
+    # ---- steps
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -310,106 +93,35 @@ class Run:
 
     def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
         """Note a micro-batch."""
-        self.tally.add(batch, pairs, loss_B)
-        self.throughput.add(batch)
+        self.journal.count(batch, pairs, loss_B)
 
     def after(self, step: AgreedStep, result: StepResult) -> None:
         """Note a step; log, evaluate and save when it is time."""
         done = step.number + 1
-        self.stop.count_step()
-        self.totals.pairs_seen += step.num_pairs
-        self.throughput.waited_s += step.waited_s
-        self._steps_skipped += result.skipped
-        if self.config.log.ledger:
-            self._write_ledger(step, bool(result.skipped))
-        self.terminal.advance(done)
-        if done % self.config.log.every_steps == 0 or done == self.plan.num_steps:
-            self._write_metrics(done, result)
         is_last = done == self.plan.num_steps
+        self.stop.count_step()
+        self.journal.count_step(step, result)
+        if done % self.config.log.every_steps == 0 or is_last:
+            self.journal.write(done, result)
         if _due(done, self.config.eval.every_steps) and not is_last:
             self.evaluate(done)
         if _due(done, self.config.checkpoint.every_steps) and not is_last:
-            self.save(done)
-
-    def _write_ledger(self, step: AgreedStep, skipped: bool) -> None:
-        """What all ranks computed in this step, in the order of its window."""
-        mine = [index for batch in step.micro_batches if not batch.is_idle for index in batch.index_B]
-        everyones = [index for share in self.world.gather_objects(mine) for index in share]
-        place = {index: place for place, index in enumerate(self.order.window(step.number)[1].tolist())}
-        pairs = [self.shards.where(index) for index in sorted(everyones, key=place.__getitem__)]
-        self.log.ledger(step.number + 1, pairs, skipped)
-
-    def _write_metrics(self, done: int, result: StepResult) -> None:
-        forwards = self.reference.num_forwards - self._logged_forwards
-        self._logged_forwards = self.reference.num_forwards
-        sums, num_pairs, extras = self.tally.reduce([*self.throughput.extras(), forwards])
-        *extras, reference_forwards = extras
-        grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
-        rate = self.learning_rate(done - 1)
-        row = {"step": done, "epoch": done / self.plan.steps_per_epoch}
-        metrics = means(sums, num_pairs)
-        row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
-        row |= {"pairs_seen": self.totals.pairs_seen, **self.throughput.metrics(extras, num_pairs)}
-        row |= {"skipped_steps": round(skipped), **self._skipped_rows()}
-        row |= {"reference_forwards": round(reference_forwards)}
-        self.log.metrics(row)
-        self.log.status("running", done)
-        self.terminal.log(row, self.plan.num_steps, self.config.batch.pairs_per_step)
-        if skipped > self.totals.steps_skipped:
-            self.terminal.say(f"warning: gradient norm was not finite; {round(skipped)} steps skipped so far")
-        self.totals.steps_skipped = round(skipped)
-        self.tally.clear()
-        self.throughput.clear()
+            self.saver.save(done)
 
     def evaluate(self, done: int) -> dict[str, float]:
         """Evaluate the held-out set, where there is one, and log it."""
-        if self.evaluator is None:
+        if self.parts.evaluator is None:
             return {}
-        result = self.evaluator.run()
-        self.log.metrics({"step": done, "epoch": done / self.plan.steps_per_epoch, **result})
+        result = self.parts.evaluator.run()
+        self.journal.write_evaluation(done, result)
         return result
 
-    # ---- saving and ending
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.log.directory / "checkpoints"
-
-    @property
-    def _trained(self) -> str:
-        return "lora" if self.config.lora.r else "full"
-
-    def save(self, done: int) -> None:
-        """Write a checkpoint after `done` steps, unless this process has just done so."""
-        if self._saved == done:
-            return
-        self._saved = done
-        sums, num_pairs, _ = self.tally.reduce()
-        state = TrainerState(
-            step=done,
-            cursor=self.order.cursor(done),
-            engine=self.plan.engine,
-            world_size=self.world.size,
-            trained=self._trained,
-            data=self.shards.fingerprint,
-            sums=sums,
-            num_pairs=num_pairs,
-            pairs_seen=self.totals.pairs_seen,
-            rows_skipped=dict(self.totals.rows_skipped + self._everyones_skipped().causes),
-            steps_skipped=round(self._steps_skipped.item()),
-            seconds=self._seconds(),
-            eval_before=self.totals.eval_before,
-            dtype=str(self.dtype).removeprefix("torch."),
-        )
-        checkpoint.save(self._checkpoints, state, self.engine, self.world, self.config.checkpoint.keep)
-
-    def _seconds(self) -> float:
-        return self.totals.seconds + time.perf_counter() - self._since
+    # ---- ending
 
     def stopped(self, done: int) -> None:
         """Save and leave, to be resumed by the same command."""
         self.terminal.stop()
-        self.save(done)
+        self.saver.save(done)
         reasons = self.world.gather_objects(self.stop.reason if self.stop.is_requested else None)
         reason = next(reason for reason in reasons if reason is not None)
         self.reference.close()
@@ -418,32 +130,18 @@ class Run:
 
     def finish(self) -> None:
         """Evaluate, export, and say how it went."""
-        steps, seconds = self.plan.num_steps, self._seconds()
+        steps, seconds, totals = self.plan.num_steps, self.journal.seconds, self.journal.totals
         self.terminal.stop()
         after = self.evaluate(steps)
-        final = export(
-            self.log.directory / "final", self.engine, self.source, self.tokenizer, self.config, self.dtype, self.world
-        )
-        self.log.summary(
-            {
-                **_before_after("loss", "eval_loss", self.totals.eval_before, after),
-                **_before_after("accuracy", "eval_rewards/accuracies", self.totals.eval_before, after),
-                **_before_after("margin", "eval_rewards/margins", self.totals.eval_before, after),
-                "steps": steps,
-                "pairs": self.totals.pairs_seen,
-                "seconds": seconds,
-                "reference_forwards": sum(count for (count,) in self.world.exchange([self.reference.num_forwards])),
-            }
-        )
+        parts = self.parts
+        directory = self.log.directory / "final"
+        final = export(directory, self.engine, parts.source, parts.tokenizer, self.config, parts.dtype, self.world)
+        self.journal.write_summary(after, seconds)
         self.reference.close()
         self.log.status("finished", steps, 0)
         if after:
-            self.terminal.before_after(self.totals.eval_before, after)
-        self.terminal.say(f"{steps} steps, {self.totals.pairs_seen} pairs in {duration(seconds)}; model in {final}")
-
-
-def _before_after(name: str, key: str, before: dict[str, float], after: dict[str, float]) -> dict[str, float | None]:
-    return {f"eval_{name}_before": before.get(key), f"eval_{name}_after": after.get(key)}
+            self.terminal.before_after(totals.eval_before, after)
+        self.terminal.say(f"{steps} steps, {totals.pairs_seen} pairs in {duration(seconds)}; model in {final}")
 
 
 def _due(done: int, every: int | None) -> bool:

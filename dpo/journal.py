@@ -1,0 +1,220 @@
+"""What a run counts and tells: sums behind the metrics, totals since its start, rows that were left out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_utils.schema import PairBatch
+from data_utils.skipped import Skipped
+from dpo.checkpoint import TrainerState
+from dpo.engine import StepResult
+from dpo.loss import PairLogps
+from dpo.metrics import Tally, Throughput, means, peak_flops
+from dpo.parts import Parts
+from dpo.plan import learning_rate
+from dpo.steps import AgreedStep
+from dpo.stored import StoredReference
+from dpo.terminal import count
+
+
+@dataclass
+class Totals:
+    """What has happened since the start of the run, over all of its processes."""
+
+    pairs_seen: int = 0
+    rows_skipped: Counter[str] = field(default_factory=Counter)
+    steps_skipped: int = 0
+    seconds: float = 0.0
+    eval_before: dict[str, float] = field(default_factory=dict)
+
+
+class Journal:
+    """Counts steps as they are taken, and writes and shows what they come to.
+
+    Attributes:
+        totals: since the start of the run; its steps_skipped as of the last log, its rows_skipped without this process.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, self._world, self._log, self._plan = parts, parts.world, parts.log, parts.plan
+        self._tally = Tally(self._world)
+        self._throughput = Throughput(self._world, parts.sizes, peak_flops(self._world.device, parts.dtype))
+        self.totals = Totals()
+        self._steps_skipped = torch.zeros((), device=self._world.device)
+        self._skipped = Skipped()  # by this rank, in this process
+        self._num_skipped = 0  # by all ranks
+        self._unread: set[str] = set()
+        self._logged_forwards = 0
+        self._since = time.perf_counter()
+
+    # ---- at the start
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on with the sums and totals of a checkpoint."""
+        if self._world.is_main:
+            self._tally.add_sums(state.sums, state.num_pairs)
+        self._steps_skipped += state.steps_skipped
+        self.totals = Totals(
+            state.pairs_seen, Counter(state.rows_skipped), state.steps_skipped, state.seconds, dict(state.eval_before)
+        )
+
+    def hello(self, first: int) -> None:
+        """The first screen."""
+        parts, plan, config = self._parts, self._plan, self._parts.config
+        dtype = str(parts.dtype).removeprefix("torch.")
+        num_all, num_trained = parts.sizes.all, parts.sizes.trained
+        parts.terminal.facts(
+            {
+                "model": f"{config.model.path} ({count(num_all)} parameters, {dtype})",
+                "trains": f"{count(num_trained)} ({num_trained / num_all:.2%}), {parts.trained}",
+                "reference": self._where_reference(),
+                "engine": f"{plan.engine} on {plan.world_size} x {self._world.device.type}",
+                "layout": f"{parts.layout} ({parts.why_layout})",
+                "pairs": f"{plan.pairs_per_epoch} for training",
+                "steps": f"{plan.num_steps} of {config.batch.pairs_per_step} pairs"
+                + (f", from {first}" if first else ""),
+                "run": str(self._log.directory),
+            }
+        )
+        for note in parts.notes:
+            parts.terminal.say(note)
+
+    def _where_reference(self) -> str:
+        path, source = self._parts.config.reference.path, self._parts.config.reference_source
+        text = source + (f" of {path}" if path else "")
+        if isinstance(self._parts.reference, StoredReference):
+            store = self._parts.reference.store
+            return f"{len(store):,} stored pairs of {store.folder}; {text} for others"
+        return text
+
+    def start(self, first: int) -> None:
+        """Training begins now."""
+        self._parts.terminal.start(first, self._plan.num_steps)
+        self._throughput.clear()
+        self._since = time.perf_counter()
+
+    # ---- steps
+
+    def watch_data(self, step: AgreedStep, first: int) -> None:
+        """Stop when too many rows were left out; name columns that the loss does not read, once.
+
+        Raises:
+            DataError: more rows than `data.max_bad_fraction` allows were left out since step `first`.
+        """
+        config = self._parts.config
+        self._skipped.add(step.skipped)
+        self._num_skipped += step.num_skipped
+        num_rows = self._plan.pairs_per_epoch * (step.epoch - first // self._plan.steps_per_epoch + 1)
+        if self._num_skipped > config.data.max_bad_fraction * num_rows:
+            self._everyones_skipped().judge(num_rows, config.data.max_bad_fraction)
+        unread = {name for batch in step.micro_batches for name in self._parts.objective.unread_columns(batch)}
+        if names := sorted(unread - self._unread):
+            loss = config.loss.type[0]
+            self._parts.terminal.say(f"warning: the rows' {', '.join(names)} are not read by loss.type={loss}")
+        self._unread |= unread
+
+    def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
+        """Note a micro-batch."""
+        self._tally.add(batch, pairs, loss_B)
+        self._throughput.add(batch)
+
+    def count_step(self, step: AgreedStep, result: StepResult) -> None:
+        """Note a step."""
+        self.totals.pairs_seen += step.num_pairs
+        self._throughput.waited_s += step.waited_s
+        self._steps_skipped += result.skipped
+        if self._parts.config.log.ledger:
+            self._write_ledger(step, bool(result.skipped))
+        self._parts.terminal.advance(step.number + 1)
+
+    def _write_ledger(self, step: AgreedStep, skipped: bool) -> None:
+        """What all ranks computed in this step, in the order of its window."""
+        mine = [index for batch in step.micro_batches if not batch.is_idle for index in batch.index_B]
+        everyones = [index for share in self._world.gather_objects(mine) for index in share]
+        place = {index: place for place, index in enumerate(self._parts.order.window(step.number)[1].tolist())}
+        pairs = [self._parts.shards.where(index) for index in sorted(everyones, key=place.__getitem__)]
+        self._log.ledger(step.number + 1, pairs, skipped)
+
+    def write(self, done: int, result: StepResult) -> None:
+        """Metrics since the last call: one reduction over ranks, one device-to-host copy."""
+        config, reference = self._parts.config, self._parts.reference
+        forwards = reference.num_forwards - self._logged_forwards
+        self._logged_forwards = reference.num_forwards
+        sums, num_pairs, extras = self._tally.reduce([*self._throughput.extras(), forwards])
+        *extras, reference_forwards = extras
+        grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
+        rate = learning_rate(done - 1, self._plan, config.optim)
+        row = {"step": done, "epoch": done / self._plan.steps_per_epoch}
+        metrics = means(sums, num_pairs)
+        row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
+        row |= {"pairs_seen": self.totals.pairs_seen, **self._throughput.metrics(extras, num_pairs)}
+        row |= {"skipped_steps": round(skipped), **self._skipped_rows()}
+        row |= {"reference_forwards": round(reference_forwards)}
+        self._log.metrics(row)
+        self._log.status("running", done)
+        self._parts.terminal.log(row, self._plan.num_steps, config.batch.pairs_per_step)
+        if skipped > self.totals.steps_skipped:
+            self._parts.terminal.say(f"warning: gradient norm was not finite; {round(skipped)} steps skipped so far")
+        self.totals.steps_skipped = round(skipped)
+        self._tally.clear()
+        self._throughput.clear()
+
+    def write_evaluation(self, done: int, result: dict[str, float]) -> None:
+        """The row of an evaluation after `done` steps."""
+        self._log.metrics({"step": done, "epoch": done / self._plan.steps_per_epoch, **result})
+
+    def _everyones_skipped(self) -> Skipped:
+        """Rows left out in this process, over all ranks."""
+        return Skipped.together(self._world.gather_objects(self._skipped)) if self._num_skipped else Skipped()
+
+    def _skipped_rows(self) -> dict[str, int]:
+        """Metrics: rows left out since the start of the run, and how many for each cause."""
+        causes = self.totals.rows_skipped + self._everyones_skipped().causes
+        return {"skipped_rows": causes.total()} | {f"skipped_rows/{cause}": causes[cause] for cause in sorted(causes)}
+
+    # ---- saving and ending
+
+    @property
+    def seconds(self) -> float:
+        """Of training, since the start of the run."""
+        return self.totals.seconds + time.perf_counter() - self._since
+
+    def state(self) -> dict[str, Any]:
+        """The fields of `TrainerState` that `restore` reads; every rank calls it."""
+        sums, num_pairs, _ = self._tally.reduce()
+        return {
+            "sums": sums,
+            "num_pairs": num_pairs,
+            "pairs_seen": self.totals.pairs_seen,
+            "rows_skipped": dict(self.totals.rows_skipped + self._everyones_skipped().causes),
+            "steps_skipped": round(self._steps_skipped.item()),
+            "seconds": self.seconds,
+            "eval_before": self.totals.eval_before,
+        }
+
+    def write_summary(self, after: dict[str, float], seconds: float) -> None:
+        """summary.json of a run that has ended; `after` is its last evaluation."""
+        before = self.totals.eval_before
+        self._log.summary(
+            {
+                **_before_after("loss", "eval_loss", before, after),
+                **_before_after("accuracy", "eval_rewards/accuracies", before, after),
+                **_before_after("margin", "eval_rewards/margins", before, after),
+                "steps": self._plan.num_steps,
+                "pairs": self.totals.pairs_seen,
+                "seconds": seconds,
+                "reference_forwards": sum(
+                    number for (number,) in self._world.exchange([self._parts.reference.num_forwards])
+                ),
+            }
+        )
+
+
+def _before_after(name: str, key: str, before: dict[str, float], after: dict[str, float]) -> dict[str, float | None]:
+    return {f"eval_{name}_before": before.get(key), f"eval_{name}_after": after.get(key)}

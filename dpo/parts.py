@@ -1,0 +1,160 @@
+"""What a run is built from. Everything is refused as early as it can be: data and config before weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import transformers
+
+from data_utils.loader import StepLoader
+from data_utils.order import Order
+from data_utils.record import DataRecord
+from data_utils.schema import Layout, RowError
+from data_utils.scratch import Scratch
+from data_utils.shards import ShardSet
+from data_utils.skipped import Skipped
+from data_utils.tokenize import PairTokenizer
+from dpo import checkpoint
+from dpo.build import (
+    choose_layout,
+    max_length,
+    open_reference,
+    open_scorer,
+    open_shards,
+    open_tokenizer,
+    settle_layout,
+)
+from dpo.config import Config
+from dpo.ds_json import read_ds_json
+from dpo.engine import Build, Engine, build_engine, compute_dtype
+from dpo.evaluate import Evaluator
+from dpo.identity import making_facts
+from dpo.objective import Objective
+from dpo.plan import make_plan
+from dpo.policy import Pretrained, Sizes
+from dpo.reference import Reference
+from dpo.runlog import RunLog
+from dpo.signals import StopRequest
+from dpo.steps import FILLER_ID, AgreedStep, agree
+from dpo.stored import StoredReference, open_store
+from dpo.terminal import Terminal
+from dpo.world import World
+
+
+class Parts:
+    """The parts of a run, built in the order in which they can refuse; nothing here changes as it trains.
+
+    Attributes:
+        checkpoints: where they are.
+        record: what the run directory remembers of the data.
+        notes: lines for people about the data.
+        layout, why_layout: of the batches, and why.
+        dtype: of compute.
+        sizes: numbers of parameters.
+        trained: "lora" or "full".
+    """
+
+    def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest, terminal: Terminal) -> None:
+        self.config, self.world, self.log, self.stop, self.terminal = config, world, log, stop, terminal
+        self.checkpoints = log.directory / "checkpoints"
+        self.trained = "lora" if config.lora.r else "full"
+        transformers.utils.logging.disable_progress_bar()
+        self.scratch = world.together(lambda: Scratch(str(log.directory.resolve())))
+        may_change = "data.train" in config.checkpoint.allow_changes or not checkpoint.any_in(self.checkpoints)
+        self.record = DataRecord(log.directory / "data", forget=may_change)
+        self.shards, self.notes = open_shards(config.data.train, config, world, self.scratch, self.record)
+        self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
+        self.plan = make_plan(config, world.size, self.order.pairs_per_epoch)
+        model = config.model
+        self.source = Pretrained.open(model.path, model.attn_implementation, model.trust_remote_code)
+        reference_source = open_reference(config, self.source)
+        ds_json = None if config.parallel.ds_config is None else read_ds_json(config.parallel.ds_config)
+        self.tokenizer = open_tokenizer(config)
+        self._probe_tokenizer()
+        self.layout: Layout
+        self.layout, self.why_layout = choose_layout(config, self.source, reference_source)
+        self.dtype = compute_dtype(config.model.dtype, world.device)
+        held_out = self._held_out()
+        self._open_run_directory()
+        self.objective = Objective(config.loss)
+        build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
+        self.engine: Engine = build_engine(build)
+        if why := settle_layout(config, self.source, self.engine, self.dtype, world):
+            self.layout, self.why_layout = self.engine.policy.layout, why
+        self.sizes = Sizes.of(self.engine.policy)
+        self.reference = self._reference(reference_source)
+        self.loader = self._loader(self.shards, self.order, config.data.num_workers)
+        self.evaluator = None if held_out is None else self._evaluator(held_out)
+
+    def _held_out(self) -> ShardSet | None:
+        if not self.config.data.eval:
+            return None
+        shards, notes = open_shards(self.config.data.eval, self.config, self.world, self.scratch, self.record)
+        self.notes += notes
+        return shards
+
+    def _open_run_directory(self) -> None:
+        self.world.together(self.log.lock)
+        self.log.open(self.world)
+        self.log.status("running", 0)
+        self.world.together(self.record.open)
+
+    def _reference(self, source: Pretrained) -> Reference:
+        config = self.config
+        scorer = open_scorer(config, source, self.engine)
+        if config.reference.mode != "stored":
+            return Reference(scorer())
+        making = making_facts(self.tokenizer, max_length(config, self.source))
+        opened = open_store(config, source, making, self.dtype, self.world, self.terminal.say)
+        return StoredReference(
+            scorer,
+            opened,
+            self.world,
+            layout=self.layout,
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            dtype=self.dtype,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            say=self.terminal.say,
+        )
+
+    def _probe_tokenizer(self) -> None:
+        """Tokenize one row before any weights are read: a missing chat template shows now, not after minutes."""
+        with contextlib.suppress(RowError):  # this row's own fault, which the loader handles
+            self._pair_tokenizer()(self.shards.pair(0), 0)
+
+    def _pair_tokenizer(self) -> PairTokenizer:
+        return PairTokenizer(self.tokenizer, max_length(self.config, self.source))
+
+    def _loader(self, shards: ShardSet, order: Order, num_workers: int = 0) -> StepLoader:
+        return StepLoader(
+            shards,
+            self._pair_tokenizer(),
+            order,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            layout=self.layout,
+            tokens_per_micro_batch=self.config.batch.tokens_per_micro_batch,
+            pad_token_id=FILLER_ID,
+            on_bad_row=self.config.data.on_bad_row,
+            pin_memory=self.world.device.type == "cuda",
+            num_workers=num_workers,
+        )
+
+    def _evaluator(self, shards: ShardSet) -> Evaluator:
+        """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
+        loader = self._loader(shards, Order(shards.parts, len(shards), self.config.train.seed, shuffle=False))
+        (step,) = self._agreed(loader, 0, 1)
+        skipped = Skipped()
+        skipped.add(step.skipped)
+        whole = Skipped.together(self.world.gather_objects(skipped))
+        whole.judge(loader.order.pairs_per_epoch, self.config.data.max_bad_fraction)
+        return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
+
+    def steps(self, first: int, last: int) -> Iterator[AgreedStep]:
+        """Steps first, ..., last - 1 of training, agreed on by all ranks, with all that the reference needs."""
+        return self._agreed(self.loader, first, last)
+
+    def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
+        steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
+        return map(self.reference.complete, steps)

@@ -165,6 +165,10 @@ class ShardSet:
         where = self._files[file].where(row)
         return where if self._row_starts[file] is None else f"{where}#{pick + 1}"
 
+    def source_of(self, index: int) -> int:
+        """The place in the list of sources of the one that a pair comes from."""
+        return self._found[self._locate(index)[0]].source
+
     def pair(self, index: int) -> PreferencePair:
         """Read and parse one pair. Raises RowError, DataError, and OSError where the file went away."""
         file, row, pick = self._locate(index)

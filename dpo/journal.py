@@ -13,11 +13,13 @@ from torch import Tensor
 from data_utils.schema import PairBatch
 from data_utils.skipped import Skipped
 from dpo.checkpoint import TrainerState
+from dpo.clock import Clock
 from dpo.engine import StepResult
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, means, peak_flops
 from dpo.parts import Parts
 from dpo.plan import learning_rate
+from dpo.scores import Scores, drift_warning, evaluation_metrics
 from dpo.steps import AgreedStep
 from dpo.stored import StoredReference
 from dpo.terminal import count
@@ -38,10 +40,12 @@ class Journal:
     """Counts steps as they are taken, and writes and shows what they come to.
 
     Attributes:
+        clock: where the time of this process goes.
         totals: since the start of the run; its steps_skipped as of the last log, its rows_skipped without this process.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, clock: Clock) -> None:
+        self.clock = clock
         self._parts, self._world, self._log, self._plan = parts, parts.world, parts.log, parts.plan
         self._tally = Tally(self._world)
         self._throughput = Throughput(self._world, parts.sizes, peak_flops(self._world.device, parts.dtype))
@@ -98,6 +102,7 @@ class Journal:
         self._parts.terminal.start(first, self._plan.num_steps)
         self._throughput.clear()
         self._since = time.perf_counter()
+        self.clock.enter("training")
 
     # ---- steps
 
@@ -128,6 +133,7 @@ class Journal:
         """Note a step."""
         self.totals.pairs_seen += step.num_pairs
         self._throughput.waited_s += step.waited_s
+        self.clock.move("waiting for data", step.waited_s)
         self._steps_skipped += result.skipped
         if self._parts.config.log.ledger:
             self._write_ledger(step, bool(result.skipped))
@@ -165,9 +171,16 @@ class Journal:
         self._tally.clear()
         self._throughput.clear()
 
-    def write_evaluation(self, done: int, result: dict[str, float]) -> None:
-        """The row of an evaluation after `done` steps."""
-        self._log.metrics({"step": done, "epoch": done / self._plan.steps_per_epoch, **result})
+    def write_evaluation(self, done: int, scores: Scores) -> dict[str, float]:
+        """The row of an evaluation after `done` steps, and every pair of it; returns its metrics."""
+        held_out, metrics = self._parts.held_out, evaluation_metrics(scores)
+        assert held_out is not None
+        self._log.metrics({"step": done, "epoch": done / self._plan.steps_per_epoch, **metrics})
+        if self._world.is_main:
+            self._log.eval_pairs(scores, map(held_out.where, scores.index.tolist()), done)
+        if warning := drift_warning(metrics):
+            self._parts.terminal.say(f"warning: step {done}: {warning}")
+        return metrics
 
     def _everyones_skipped(self) -> Skipped:
         """Rows left out in this process, over all ranks."""
@@ -206,9 +219,14 @@ class Journal:
                 **_before_after("loss", "eval_loss", before, after),
                 **_before_after("accuracy", "eval_rewards/accuracies", before, after),
                 **_before_after("margin", "eval_rewards/margins", before, after),
+                **_before_after(
+                    "accuracy_length_controlled", "eval_rewards/accuracies_length_controlled", before, after
+                ),
+                **_before_after("chosen_drift", "eval_drift/chosen", before, after),
                 "steps": self._plan.num_steps,
                 "pairs": self.totals.pairs_seen,
                 "seconds": seconds,
+                "seconds_by_phase": {phase: round(spent, 3) for phase, spent in self.clock.seconds.items()},
                 "reference_forwards": sum(
                     number for (number,) in self._world.exchange([self._parts.reference.num_forwards])
                 ),

@@ -10,7 +10,7 @@ import transformers
 from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.record import DataRecord
-from data_utils.schema import Layout, RowError
+from data_utils.schema import DataError, Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.skipped import Skipped
@@ -25,16 +25,17 @@ from dpo.build import (
     open_tokenizer,
     settle_layout,
 )
-from dpo.config import Config
+from dpo.config import Config, DataSource
 from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, build_engine, compute_dtype
-from dpo.evaluate import Evaluator
+from dpo.evaluator import Evaluator
 from dpo.identity import making_facts
 from dpo.objective import Objective
 from dpo.plan import make_plan
 from dpo.policy import Pretrained, Sizes
 from dpo.reference import Reference
 from dpo.runlog import RunLog
+from dpo.scores import set_names
 from dpo.signals import StopRequest
 from dpo.steps import FILLER_ID, AgreedStep, agree
 from dpo.stored import StoredReference, open_store
@@ -47,6 +48,7 @@ class Parts:
 
     Attributes:
         checkpoints: where they are.
+        held_out: the pairs of data.eval.
         record: what the run directory remembers of the data.
         notes: lines for people about the data.
         layout, why_layout: of the batches, and why.
@@ -75,7 +77,7 @@ class Parts:
         self.layout: Layout
         self.layout, self.why_layout = choose_layout(config, self.source, reference_source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
-        held_out = self._held_out()
+        self.held_out = self._held_out()
         self._open_run_directory()
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
@@ -85,7 +87,7 @@ class Parts:
         self.sizes = Sizes.of(self.engine.policy)
         self.reference = self._reference(reference_source)
         self.loader = self._loader(self.shards, self.order, config.data.num_workers)
-        self.evaluator = None if held_out is None else self._evaluator(held_out)
+        self.evaluator = None if self.held_out is None else self._evaluator(self.held_out)
 
     def _held_out(self) -> ShardSet | None:
         if not self.config.data.eval:
@@ -149,7 +151,17 @@ class Parts:
         skipped.add(step.skipped)
         whole = Skipped.together(self.world.gather_objects(skipped))
         whole.judge(loader.order.pairs_per_epoch, self.config.data.max_bad_fraction)
-        return Evaluator(step.micro_batches, self.objective, self.engine, self.reference, self.world)
+        if not step.num_pairs:
+            raise DataError("data.eval: none of its rows can be used; see data.on_bad_row")
+        names = _set_names(self.config)
+        return Evaluator(
+            step.micro_batches,
+            self.objective,
+            self.engine,
+            self.reference,
+            self.world,
+            lambda index: names[shards.source_of(index)],
+        )
 
     def steps(self, first: int, last: int) -> Iterator[AgreedStep]:
         """Steps first, ..., last - 1 of training, agreed on by all ranks, with all that the reference needs."""
@@ -158,3 +170,9 @@ class Parts:
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
         steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
         return map(self.reference.complete, steps)
+
+
+def _set_names(config: Config) -> list[str]:
+    """The names of the evaluation sets, by number of the entry in data.eval."""
+    entries = [DataSource(entry) if isinstance(entry, str) else entry for entry in config.data.eval]
+    return set_names([entry.path for entry in entries], [entry.name for entry in entries])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from data_utils.schema import PairBatch
+from dpo.clock import Clock
 from dpo.config import Config
 from dpo.engine import StepResult
 from dpo.export import export
@@ -36,10 +37,11 @@ class Run:
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest) -> None:
         self.config, self.world, self.log, self.stop = config, world, log, stop
         self.terminal = Terminal(world.is_main)
+        self.clock = Clock("start")
         self.parts = parts = Parts(config, world, log, stop, self.terminal)
         self.engine, self.reference, self.objective = parts.engine, parts.reference, parts.objective
         self.plan, self.order, self.loader = parts.plan, parts.order, parts.loader
-        self.journal = Journal(parts)
+        self.journal = Journal(parts, self.clock)
         self.saver = Saver(parts, self.journal)
 
     # ---- starting
@@ -112,9 +114,8 @@ class Run:
         """Evaluate the held-out set, where there is one, and log it."""
         if self.parts.evaluator is None:
             return {}
-        result = self.parts.evaluator.run()
-        self.journal.write_evaluation(done, result)
-        return result
+        with self.clock.phase("evaluation"):
+            return self.journal.write_evaluation(done, self.parts.evaluator.run())
 
     # ---- ending
 
@@ -135,7 +136,8 @@ class Run:
         after = self.evaluate(steps)
         parts = self.parts
         directory = self.log.directory / "final"
-        final = export(directory, self.engine, parts.source, parts.tokenizer, self.config, parts.dtype, self.world)
+        with self.clock.phase("export"):
+            final = export(directory, self.engine, parts.source, parts.tokenizer, self.config, parts.dtype, self.world)
         self.journal.write_summary(after, seconds)
         self.reference.close()
         self.log.status("finished", steps, 0)

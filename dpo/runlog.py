@@ -10,12 +10,13 @@ import os
 import socket
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
+from dpo.scores import PAIRS_FILE, Scores, pair_rows, read_pairs
 from dpo.world import World
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -125,6 +126,13 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.log(row)
 
+    def eval_pairs(self, scores: Scores, where: Iterable[str], step: int) -> None:
+        """Write every pair of the latest evaluation, and what it was before training, to eval_pairs.jsonl."""
+        path = self.directory / PAIRS_FILE
+        before = {row["where"]: row["before"] for row in read_pairs(path)} if step else {}
+        lines = (json.dumps(row, allow_nan=False) + "\n" for row in pair_rows(scores, where, step, before))
+        _write_atomically(path, lines)
+
     def ledger(self, step: int, pairs: Sequence[str], skipped: bool) -> None:
         """Append the pairs of a step to ledger.jsonl; `skipped`: their gradient was not finite and changed nothing."""
         if self.is_main:
@@ -225,9 +233,10 @@ def _open_trackers(config: Config, directory: Path) -> list[Any]:
     return trackers + ([WeightsAndBiases(config, directory)] if config.log.wandb else [])
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str | Iterable[str]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     os.replace(aside, path)
 
 

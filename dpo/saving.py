@@ -68,4 +68,5 @@ class Saver:
             data=parts.shards.fingerprint,
             **self._journal.state(),
         )
-        checkpoint.save(parts.checkpoints, state, parts.engine, parts.world, parts.config.checkpoint.keep)
+        with self._journal.clock.phase("checkpoints"):
+            checkpoint.save(parts.checkpoints, state, parts.engine, parts.world, parts.config.checkpoint.keep)

@@ -61,6 +61,11 @@ def roots(modules: set[str] | frozenset[str]) -> set[str]:
     return {module.split(".")[0] for module in modules}
 
 
+@pytest.mark.parametrize("module", ["dpo.scores", "dpo.report.__main__"])
+def test_the_report_imports_no_torch(module: str) -> None:
+    assert roots(reach(module)) & {"torch", "transformers", "deepspeed", "peft", "datasets"} == set()
+
+
 @pytest.mark.parametrize("module", ["dpo.config", "dpo.config_help", "dpo.plan", "dpo.ds_json"])
 def test_config_modules_import_no_heavy_library(module: str) -> None:
     heavy = {"torch", "transformers", "numpy", "deepspeed", "peft", "datasets", "accelerate"}

@@ -22,6 +22,7 @@ from data_utils.reader import StepReader, TokenizedStep
 from dpo import attention
 from dpo.engine import StepResult
 from dpo.run import Run
+from dpo.scores import read_pairs
 from dpo.steps import AgreedStep
 from tests.numerics import tiny_models
 from tests.numerics.kernels import BROKEN, REFERENCE, WRONG
@@ -34,7 +35,8 @@ METRICS = (
 ).split()
 EVALUATION = (
     "step epoch eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins "
-    "eval_logps/chosen eval_logps/rejected eval_pairs"
+    "eval_logps/chosen eval_logps/rejected eval_rewards/accuracies_length_controlled eval_drift/chosen "
+    "eval_drift/rejected eval_drift/chosen_fell eval_pairs"
 ).split()
 
 
@@ -91,6 +93,33 @@ def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
     assert config["loss"]["beta"] == 0.1 and config["record"]["world_size"] == 1
     assert config["record"]["versions"]["torch"] == torch.__version__
     assert list((run / "tensorboard").iterdir()) and (run / "logs" / "rank-00000.log").is_file()
+
+
+def test_several_evaluation_sets_have_metrics_of_their_own_and_pairs_keep_what_was_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_pairs(folder / "other.jsonl", 4, seed=2)
+    config = {"data": {"eval": [f"{folder}/eval.jsonl", {"path": f"{folder}/other.jsonl", "name": "mine"}]}}
+    (folder / "sets.yaml").write_text(yaml.safe_dump(config))
+    common = ["--model.path", f"{folder}/model", "--data.train", f"{folder}/train.jsonl", "--log.every_steps", "1"]
+    common += ["--config", f"{folder}/sets.yaml", "--run.dir", f"{folder}/sets", "--batch.pairs_per_step", "10"]
+    common += ["--optim.learning_rate", "1e-3", "--optim.warmup_ratio", "0"]
+    assert train_dpo.main([*common, "--train.stop_after_steps", "1"]) == 75
+    assert train_dpo.main(common) == 0  # resumed: what was before training is still known
+    last = json.loads((folder / "sets" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["eval_pairs"], last["eval_eval_pairs"], last["eval_mine_pairs"]) == (9, 5, 4)
+    parts = 5 * last["eval_eval_loss"] + 4 * last["eval_mine_loss"]
+    assert last["eval_loss"] == pytest.approx(parts / 9, abs=1e-12)
+    rows = read_pairs(folder / "sets" / "eval_pairs.jsonl")
+    assert [row["where"] for row in rows] == [f"{folder}/eval.jsonl:{n}" for n in range(1, 6)] + [
+        f"{folder}/other.jsonl:{n}" for n in range(1, 5)
+    ]
+    assert {row["before"]["step"] for row in rows} == {0} and {row["after"]["step"] for row in rows} == {2}
+    for key in ("loss", "rewards/margins", "logps/chosen"):
+        mean = math.fsum(row["after"][key] for row in rows) / 9
+        assert last[f"eval_{key}"] == pytest.approx(mean, rel=1e-6)
+    phases = json.loads((folder / "sets" / "summary.json").read_text())["seconds_by_phase"]
+    assert {"start", "training", "evaluation", "export", "waiting for data"} <= phases.keys()
 
 
 def test_wandb_keeps_a_run_offline_and_goes_on_under_its_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

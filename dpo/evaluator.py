@@ -1,0 +1,109 @@
+"""Exact evaluation: every held-out pair once, whatever the ranks and batches; never a mean of batch means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_utils.schema import PairBatch
+from dpo.engine import Engine
+from dpo.loss import PairLogps
+from dpo.objective import Objective
+from dpo.policy import evaluating
+from dpo.reference import Reference
+from dpo.scores import Scores
+from dpo.world import World
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank has scored: what the loss sees of each pair, (F, B) float64, and what else is known of it."""
+
+    names: tuple[str, ...]
+    columns_FB: np.ndarray
+    index: list[int]
+    weight: np.ndarray
+    prompt_tokens: list[int]
+    sources: list[str]
+
+
+class Evaluator:
+    """Scores the held-out set; the reference's log-probs are computed at the first evaluation and kept.
+
+    Args:
+        batches: this rank's micro-batches, equally many on every rank.
+        set_of: the name of the evaluation set that a pair belongs to, by its index.
+    """
+
+    def __init__(
+        self,
+        batches: list[PairBatch],
+        objective: Objective,
+        engine: Engine,
+        reference: Reference,
+        world: World,
+        set_of: Callable[[int], str],
+    ) -> None:
+        self._batches = batches
+        self._objective, self._engine, self._reference, self._world = objective, engine, reference, world
+        self._set_of = set_of
+        self._reference_logps: list[Tensor] = []
+
+    def run(self) -> Scores:
+        """Every held-out pair of all ranks. One device-to-host copy and one exchange; every rank calls it."""
+        scored = []
+        with evaluating(self._engine.policy):
+            for number, host_batch in enumerate(self._batches):
+                batch = host_batch.to(self._world.device)
+                if number == len(self._reference_logps):
+                    self._reference_logps.append(self._reference.logps(batch))
+                policy_logps_S, statistic_S = self._engine.forward(batch, self._objective.statistic)
+                pairs = self._objective.pairs(batch, policy_logps_S, statistic_S, self._reference_logps[number])
+                if not batch.is_idle:
+                    scored.append((host_batch, pairs))
+        everyones = self._world.gather_objects(_share(scored) if scored else None)
+        return self._whole([share for share in everyones if share is not None])
+
+    def _whole(self, shares: list[_Share]) -> Scores:
+        """All ranks' pairs in the order of the held-out set; the loss is taken over the whole of it, in float64."""
+        index = np.concatenate([np.asarray(share.index, np.int64) for share in shares])
+        order = np.argsort(index)
+        columns_FB = np.concatenate([share.columns_FB for share in shares], axis=1)[:, order]
+        columns = dict(zip(shares[0].names, columns_FB, strict=True))
+        loss_B = self._objective.loss(PairLogps(**{name: torch.from_numpy(value) for name, value in columns.items()}))
+        sources = [source for share in shares for source in share.sources]
+        prompt_tokens = [tokens for share in shares for tokens in share.prompt_tokens]
+        return Scores(
+            index=index[order],
+            set_name=np.array([self._set_of(number) for number in index[order].tolist()]),
+            source=np.array(sources)[order],
+            prompt_tokens=np.array(prompt_tokens)[order],
+            chosen_tokens=columns["chosen_lengths_B"].astype(np.int64),
+            rejected_tokens=columns["rejected_lengths_B"].astype(np.int64),
+            weight=np.concatenate([share.weight for share in shares])[order],
+            beta=columns["beta_B"],
+            policy_chosen=columns["policy_chosen_logps_B"],
+            policy_rejected=columns["policy_rejected_logps_B"],
+            reference_chosen=columns["reference_chosen_logps_B"],
+            reference_rejected=columns["reference_rejected_logps_B"],
+            loss=loss_B.numpy(),
+        )
+
+
+def _share(scored: list[tuple[PairBatch, PairLogps]]) -> _Share:
+    """What this rank has scored, brought to the host at once."""
+    names = tuple(item.name for item in fields(PairLogps) if getattr(scored[0][1], item.name) is not None)
+    columns = [torch.cat([getattr(pairs, name).double() for _, pairs in scored]) for name in names]
+    batches = [batch for batch, _ in scored]
+    return _Share(
+        names=names,
+        columns_FB=torch.stack(columns).cpu().numpy(),
+        index=[index for batch in batches for index in batch.index_B],
+        weight=torch.cat([batch.weight_B for batch in batches]).double().numpy(),
+        prompt_tokens=[tokens for batch in batches for tokens in batch.prompt_lengths],
+        sources=[source for batch in batches for source in batch.sources],
+    )

@@ -6,6 +6,7 @@ Counts, stop flags and errors travel over a gloo side group, so that the device 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +47,33 @@ def _whole(environ: Mapping[str, str], name: str) -> int:
         return int(environ[name])
     except (KeyError, ValueError):
         raise ConfigError(f"{name}={environ.get(name, '')!r} is no number: a launcher has to set it") from None
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list such as `gpu[03-05,9],login1`: "gpu03"."""
+    if match := re.match(r"([^,\[\]]+)(?:\[([0-9]+)[^\]]*\])?([^,\[\]]*)", nodelist):
+        return "".join(part or "" for part in match.groups())
+    raise ConfigError(f"SLURM_JOB_NODELIST={nodelist!r} names no host: set MASTER_ADDR to the first node")
+
+
+def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, for a task that plain `srun` has started; nothing elsewhere.
+
+    The address is the first host of the step, which has task 0. The port follows from the numbers of job and step, so
+    that all tasks find the same one and jobs that share a node another: 15000 to 24999, below Linux's ephemeral ports.
+    """
+    if "RANK" in environ or "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return {}
+    rank, size, local_rank = environment_ranks(environ)
+    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    port = 15000 + (7 * _whole(environ, "SLURM_JOB_ID") + _whole(environ, "SLURM_STEP_ID")) % 10000
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodelist),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
+    }
 
 
 def choose_device(kind: Kind, local_rank: int) -> torch.device:
@@ -106,6 +134,7 @@ class World:
         Raises:
             ConfigError: the device does not exist, or a rendezvous variable is missing.
         """
+        os.environ.update(slurm_variables(os.environ))  # torch and DeepSpeed read them as well
         rank, size, local_rank = environment_ranks(os.environ)
         device = choose_device(kind, local_rank)
         if device.type == "cuda":
@@ -119,7 +148,9 @@ class World:
             return World(rank, size, local_rank, device, None)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise ConfigError(f"{name} is not set: start {size} ranks with launch/local.sh, torchrun or deepspeed")
+                raise ConfigError(
+                    f"{name} is not set: start {size} ranks with launch/local.sh, torchrun, deepspeed or srun"
+                )
         if not dist.is_initialized():
             store = _meet(size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)

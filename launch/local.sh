@@ -2,6 +2,7 @@
 # Train on this machine: launch/local.sh [-n PROCS] [--config FILE] [flags of train_dpo.py]
 #
 # -n 1 (the default) runs train_dpo.py itself, -n 2 and more runs so many ranks through launch/local.py.
+# With several ranks launch/preflight.py checks the machine first; PREFLIGHT=0 leaves that out.
 # DRY_RUN=1 prints the command instead. Returns the exit code of train_dpo.py (README.md has the list).
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -31,4 +32,7 @@ fi
 # An environment that the user has activated is taken as it is; our own is made on the first run.
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then setup_environment; fi
 remove_dead_build_locks
+if ((procs > 1)) && [[ "${PREFLIGHT:-1}" == 1 ]]; then
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$ROOT/launch/local.py" -n "$procs" -m launch.preflight "$@"
+fi
 exec "${command[@]}"

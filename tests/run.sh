@@ -16,7 +16,7 @@ check_sources() {
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m pyright --pythonpath "$PYTHON"
-    git ls-files -z --cached --others --exclude-standard '*.sh' .ci/run | xargs -0 shellcheck -x
+    git ls-files -z --cached --others --exclude-standard '*.sh' '*.sbatch' .ci/run | xargs -0 shellcheck -x
 }
 
 if [[ "${1:-}" == --all ]]; then

@@ -1,0 +1,115 @@
+# shellcheck shell=bash
+# What all launchers share: the one place that decides the environment of ranks, how many there are and where they meet,
+# how a request to stop reaches them, and what the end of a job means. Sourced by torchrun.sh, deepspeed.sh, slurm.sbatch.
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+DRY_RUN="${DRY_RUN:-0}"
+HOSTS=() # of a job that this machine starts through ssh; empty: the ranks here are the only ones that we can reach
+# Every rank carries this word in its environment, so that signals go to the ranks of this job and to nothing else.
+export DPO_JOB="${DPO_JOB:-$$-$RANDOM$RANDOM}"
+
+require_count() { # option value [least]
+    if [[ "$2" =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($2 >= ${3:-1})); then return; fi
+    die "$1 takes a whole number, at least ${3:-1}, not ${2@Q}"
+}
+
+require_host() { # value, where it stands: ssh and pdsh would take a leading dash for an option, a shell much else for code
+    [[ "$1" =~ ^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$ ]] || die "$2: ${1@Q} is no host name"
+}
+
+# Sets MASTER_ADDR and MASTER_PORT from --master HOST[:PORT].
+parse_master() { # value
+    local host="${1%%:*}" port=29500
+    if [[ "$1" == *:* ]]; then port="${1#*:}"; fi
+    require_host "$host" --master
+    [[ "$port" =~ ^[1-9][0-9]{3,4}$ && $((port)) -ge 1024 && $((port)) -lt 65535 ]] || die "--master: port ${port@Q} is not in 1024 ... 65534"
+    # shellcheck disable=SC2034 # the launchers read them
+    MASTER_ADDR="$host" MASTER_PORT="$port"
+}
+
+# What every rank finds in its environment; what the user has set stays. Call it with the ranks per node.
+rank_environment() { # ranks per node
+    local cores threads
+    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+    threads=$((cores / $1))
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+    # NCCL says what is wrong (never what goes right); a collective that hangs leaves the last ones of each rank on disk.
+    export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
+    # Ranks that are started again must not find the addresses of their dead predecessors (35 s lost per restart).
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+}
+
+# Names of the variables that ranks on other machines need as well. Tokens and keys would show in command lines there.
+rank_variables() {
+    compgen -e | grep -E '^(OMP_NUM_THREADS|DPO_(JOB|HOSTS|MEETING)|PYTHON(PATH|UNBUFFERED)|DS_ACCELERATOR|(NCCL|GLOO|TORCH|HF|TOKENIZERS|TRANSFORMERS|CUDA_DEVICE|XDG_CACHE)_.*)$' |
+        grep -vE 'TOKEN$|KEY|SECRET|PASSWORD'
+}
+
+show() { # command: prints it, quoted for a shell, after the variables that we set
+    printf 'OMP_NUM_THREADS=%q PYTHONPATH=%q TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ' "$OMP_NUM_THREADS" "$PYTHONPATH"
+    printf '%q ' "$@"
+    printf '\n'
+}
+
+run_status() { "$PYTHON" -m launch.status "$@"; }
+
+# Where a relative run.dir lies, and a config that is wrong ends here, in one line, before anything is started.
+find_run_dir() { # flags of train_dpo.py
+    RUN_DIR="$(run_status where "$@")" || exit 2
+}
+
+signal_ranks() { # signal name: to all ranks of this job that we can reach
+    local command=("$PYTHON" -m launch.signal_ranks "$DPO_JOB" "$1")
+    if ((${#HOSTS[@]} == 0)); then
+        "${command[@]}"
+    else
+        PDSH_RCMD_TYPE=ssh pdsh -t 10 -w "$(IFS=,; echo "${HOSTS[*]}")" "PYTHONPATH=$ROOT ${command[*]}" || true
+    fi
+}
+
+REQUESTS=0
+# Launchers turn a signal into a kill of some ranks. The ranks themselves agree, save at the end of the step and exit 75.
+request_stop() {
+    REQUESTS=$((REQUESTS + 1))
+    if ((REQUESTS == 1)); then signal_ranks USR1; else signal_ranks KILL; fi
+}
+
+# Runs a launcher in a session of its own (Ctrl-C reaches it through us only); returns its exit code.
+run_launcher() { # command
+    local child code=0
+    setsid "$@" &
+    child=$!
+    while :; do # wait returns early at every trapped signal
+        wait "$child" && code=0 || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    signal_ranks KILL # what a launcher that died has left behind
+    return "$code"
+}
+
+# Preflight, then training, started again after a crash while checkpoints advance. Returns the trainer's exit code.
+# Call as: supervise RESTARTS RUN_FUNCTION; the function takes "preflight" or "train" and runs it on all nodes.
+supervise() { # restarts, function
+    local restart since before code
+    trap request_stop TERM INT USR1
+    trap '' HUP
+    for ((restart = 0; ; restart++)); do
+        if [[ "${PREFLIGHT:-1}" == 1 && "$restart" == 0 ]]; then "$2" preflight || return; fi
+        ((REQUESTS == 0)) || return 75
+        since="$(run_status attempt "$RUN_DIR")" before="$(run_status progress "$RUN_DIR")"
+        "$2" train && code=0 || code=$?
+        run_status end "$RUN_DIR" --since "$since" --code "$code" --requests "$REQUESTS" && code=0 || code=$?
+        ((code == 1 || code == 4)) || return "$code" # 0 done, 2 and 3 would come again, 75 is the user's wish
+        ((restart < $1 && REQUESTS == 0)) || return "$code"
+        if [[ "$(run_status progress "$RUN_DIR")" == "$before" && "$restart" -gt 0 ]]; then
+            echo "error: two starts in a row ended without a new checkpoint (newest step: $before); not started again" >&2
+            return "$code"
+        fi
+        echo "restart $((restart + 1)) of $1 after exit code $code" >&2
+        sleep 2
+    done
+}

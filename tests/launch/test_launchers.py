@@ -1,4 +1,4 @@
-"""torchrun.sh, deepspeed.sh and submit.sh without hosts or hardware: what they would run, how they quote, what they refuse."""
+"""torchrun.sh, deepspeed.sh and submit.sh without hosts or hardware: what they would run, and what they refuse."""
 
 from __future__ import annotations
 

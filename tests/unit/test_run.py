@@ -233,7 +233,7 @@ def test_data_workers_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
 
     def read_slowly(self: StepReader, number: int, pause: Callable[[float], object] = time.sleep) -> TokenizedStep:
         made_here.append(number)
-        time.sleep(0.2)  # so that the workers, for which nothing is patched, are ready before the steps are over
+        time.sleep(0.8)  # so that the workers, for which nothing is patched, are ready before the steps are over
         return read(self, number, pause)
 
     read = StepReader.read

@@ -31,6 +31,8 @@ _OTHER_WORDS = {
     "batch_size": "batch.pairs_per_step",
     "lr_scheduler_type": "optim.scheduler",
     "loss_type": "loss.type",
+    "loss_weights": "loss.weights",
+    "simpo_gamma": "loss.gamma",
     "save_steps": "checkpoint.every_steps",
     "eval_steps": "eval.every_steps",
     "logging_steps": "log.every_steps",

@@ -90,6 +90,8 @@ class Journal:
             parts.terminal.say(note)
 
     def _where_reference(self) -> str:
+        if not self._parts.config.loss.needs_reference:
+            return "none, the loss needs no reference"
         path, source = self._parts.config.reference.path, self._parts.config.reference_source
         text = source + (f" of {path}" if path else "")
         if isinstance(self._parts.reference, StoredReference):
@@ -120,8 +122,11 @@ class Journal:
             self._everyones_skipped().judge(num_rows, config.data.max_bad_fraction)
         unread = {name for batch in step.micro_batches for name in self._parts.objective.unread_columns(batch)}
         if names := sorted(unread - self._unread):
-            loss = config.loss.type[0]
-            self._parts.terminal.say(f"warning: the rows' {', '.join(names)} are not read by loss.type={loss}")
+            remedies = {"margin": "--loss.margin_scale 1", "label": "--loss.soft_labels true"}
+            ways = " and ".join(f"{name} with {remedies[name]}" for name in names)
+            self._parts.terminal.say(
+                f"warning: the rows have columns that the loss does not read; it would read {ways}"
+            )
         self._unread |= unread
 
     def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:

@@ -1,18 +1,26 @@
 """The losses: pure functions of summed log-probabilities, one value per pair.
 
-Everything here works on (B,) tensors in the order of the batch's pairs. `logratio` is policy - reference; beta may be
-one number or one per pair. A loss says in its `LossType` what it needs beyond the four log-probs, so that the loop
-computes no more than that.
+Everything here works on (B,) tensors in the order of the batch's pairs. Nearly every loss is one composition:
+
+    log-ratio   D = log pi(y | x) - log ref(y | x) of a response: without the reference, or per token, as the loss says
+    logit       h = beta (D_chosen - D_rejected) - margin: how strongly the policy says that chosen is the better one
+    link        l(h), which falls as h rises; losses of the single responses take beta D of each instead
+    label       q l(h) + (1 - q) l(-h), for a chance q that chosen is the better one
+
+`terms` forms the first two, `LOSSES` has the links with their labels. `dpo.loss_types` says what each loss needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MAX_EXPONENT = 80.0
+"""exp of more is near the end of float32."""
 
 
 def dpo_loss(
@@ -49,10 +57,11 @@ def dpo_loss(
 
 @dataclass(frozen=True, slots=True)
 class PairLogps:
-    """What a loss sees of B pairs: summed log-probs of both responses under policy and reference, and the columns.
+    """What is known of B pairs: summed log-probs of both responses under policy and reference, and the columns.
 
     All are (B,). `beta_B` is resolved: the row's own beta, else the run's. `margin_B` and `label_B` are NaN where the
-    row has none. `*_statistic_B` is the head statistic summed over the response, None unless the loss asks for one.
+    row has none. Without a reference its log-probs are 0. `*_statistic_B` is the head statistic summed over the
+    response, None unless the loss asks for one. `*_reward_B` are the rewards that the policy states, without grad.
     """
 
     policy_chosen_logps_B: Tensor
@@ -64,51 +73,237 @@ class PairLogps:
     beta_B: Tensor
     margin_B: Tensor
     label_B: Tensor
+    chosen_reward_B: Tensor
+    rejected_reward_B: Tensor
     chosen_statistic_B: Tensor | None = None
     rejected_statistic_B: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """The numbers of the config's `loss` section that losses read."""
+    """The numbers of the config's `loss` section that losses read, under the same names."""
 
     label_smoothing: float = 0.0
-
-
-def _sigmoid(pairs: PairLogps, options: LossOptions) -> Tensor:
-    return dpo_loss(
-        pairs.policy_chosen_logps_B,
-        pairs.policy_rejected_logps_B,
-        pairs.reference_chosen_logps_B,
-        pairs.reference_rejected_logps_B,
-        pairs.beta_B,
-        label_smoothing=options.label_smoothing,
-    )
+    soft_labels: bool = False
+    gamma: float = 0.0
+    margin_scale: float = 0.0
+    length_penalty: float = 0.0
+    discopop_tau: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class LossType:
-    """A member of the family: its function (loss per pair) and what it needs.
+class Terms:
+    """What a link sees of B pairs, (B,) each.
 
     Attributes:
-        per_pair: (PairLogps, LossOptions) -> (B,).
-        columns: the per-pair columns that it reads besides `weight` and `beta`, which all honor.
-        head_statistic: a further statistic of each scored position's distribution, computed by the head.
+        logit_B: h, the logit of "chosen is the better response".
+        chosen_ratio_B, rejected_ratio_B: the responses' log-ratios as the loss forms them, in nats.
+        beta_B: beta of each pair.
+        label_B: the chance that chosen is the better one before any smoothing: 1, or the row's.
+        chosen_lengths_B: tokens of the chosen response.
     """
 
-    per_pair: Callable[[PairLogps, LossOptions], Tensor]
-    columns: frozenset[str] = frozenset()
-    head_statistic: Literal["log_sum_p2"] | None = None
+    logit_B: Tensor
+    chosen_ratio_B: Tensor
+    rejected_ratio_B: Tensor
+    beta_B: Tensor
+    label_B: Tensor
+    chosen_lengths_B: Tensor
+
+    @property
+    def chosen_reward_B(self) -> Tensor:
+        """beta D of the chosen response, the reward that the policy states (2305.18290, Sec. 4)."""
+        return self.beta_B * self.chosen_ratio_B
+
+    @property
+    def rejected_reward_B(self) -> Tensor:
+        """beta D of the rejected response."""
+        return self.beta_B * self.rejected_ratio_B
+
+    def swapped(self) -> Terms:
+        """The same pairs, were the other response the better one."""
+        return replace(
+            self,
+            logit_B=-self.logit_B,
+            chosen_ratio_B=self.rejected_ratio_B,
+            rejected_ratio_B=self.chosen_ratio_B,
+        )
 
 
-LOSSES: dict[str, LossType] = {"sigmoid": LossType(_sigmoid)}
+# ---- log-ratio, margin and logit
 
 
-def rewards(pairs: PairLogps) -> tuple[Tensor, Tensor]:
-    """Implicit rewards beta (log pi - log ref) of chosen and rejected, (B,) each, no grad (2305.18290, Sec. 4)."""
-    chosen_B = pairs.beta_B * (pairs.policy_chosen_logps_B - pairs.reference_chosen_logps_B)
-    rejected_B = pairs.beta_B * (pairs.policy_rejected_logps_B - pairs.reference_rejected_logps_B)
-    return chosen_B.detach(), rejected_B.detach()
+def terms(pairs: PairLogps, options: LossOptions, *, reference: bool, per_token: bool) -> Terms:
+    """The pairs as a loss forms them.
+
+    Args:
+        reference: log-ratios are against the reference, else they are the policy's log-probs.
+        per_token: log-ratios are averages over the tokens of a response.
+    """
+    chosen_B, rejected_B = pairs.policy_chosen_logps_B, pairs.policy_rejected_logps_B
+    if reference:
+        chosen_B = chosen_B - pairs.reference_chosen_logps_B
+        rejected_B = rejected_B - pairs.reference_rejected_logps_B
+    if per_token:
+        chosen_B, rejected_B = chosen_B / pairs.chosen_lengths_B, rejected_B / pairs.rejected_lengths_B
+    label_B = torch.ones_like(pairs.label_B)
+    return Terms(
+        logit_B=pairs.beta_B * (chosen_B - rejected_B) - _margin(pairs, options),
+        chosen_ratio_B=chosen_B,
+        rejected_ratio_B=rejected_B,
+        beta_B=pairs.beta_B,
+        label_B=pairs.label_B.nan_to_num(nan=1.0) if options.soft_labels else label_B,
+        chosen_lengths_B=pairs.chosen_lengths_B,
+    )
+
+
+def _margin(pairs: PairLogps, options: LossOptions) -> Tensor | float:
+    """What beta (D_chosen - D_rejected) has to exceed, (B,) or 0:
+
+    gamma                       target margin (SimPO, arXiv 2405.14734, Eq. 6)
+    margin_scale * margin       offset by how much better chosen is, from the row (ODPO, arXiv 2402.10571, Eq. 8)
+    -length_penalty (n_w - n_l) the part of a preference that length explains (R-DPO, arXiv 2403.19159, Eq. 9)
+    """
+    margin_B: Tensor | float = options.gamma
+    if options.margin_scale:
+        margin_B = margin_B + options.margin_scale * pairs.margin_B.nan_to_num(nan=0.0)
+    if options.length_penalty:
+        margin_B = margin_B - options.length_penalty * (pairs.chosen_lengths_B - pairs.rejected_lengths_B)
+    return margin_B
+
+
+# ---- labels
+
+Loss = Callable[[Terms, LossOptions], Tensor]
+
+
+def smoothed(label_B: Tensor, e: float) -> Tensor:
+    """The chance that chosen is the better one when labels are flipped with probability e (cDPO)."""
+    return e + (1 - 2 * e) * label_B
+
+
+def unbiased(label_B: Tensor, e: float) -> Tensor:
+    """The inverse of `smoothed`: weights (1 - e) / (1 - 2e) and -e / (1 - 2e) for a label that is sure."""
+    return (label_B - e) / (1 - 2 * e)
+
+
+def with_label(link: Loss, label: Callable[[Tensor, float], Tensor] = smoothed) -> Loss:
+    """The loss q l + (1 - q) l(swapped), with q = `label` of the pairs' own and of `label_smoothing`."""
+
+    def loss(pairs: Terms, options: LossOptions) -> Tensor:
+        if not options.label_smoothing and not options.soft_labels:
+            return link(pairs, options)
+        q_B = label(pairs.label_B, options.label_smoothing)
+        return q_B * link(pairs, options) + (1 - q_B) * link(pairs.swapped(), options)
+
+    return loss
+
+
+# ---- links of the pair's logit
+
+
+def logistic(pairs: Terms, options: LossOptions) -> Tensor:
+    """-log sigmoid(h): DPO (arXiv 2305.18290, Eq. 7), SimPO (arXiv 2405.14734, Eq. 6), with lengths Tulu 3's
+    length-normalized DPO (arXiv 2411.15124, Eq. 6)."""
+    return -F.logsigmoid(pairs.logit_B)
+
+
+def hinge(pairs: Terms, options: LossOptions) -> Tensor:
+    """max(0, 1 - h): SLiC (arXiv 2305.10425) on DPO's reward, as RSO has it (arXiv 2309.06657, Eq. 12)."""
+    return F.relu(1 - pairs.logit_B)
+
+
+def squared(pairs: Terms, options: LossOptions) -> Tensor:
+    """(h / beta - 1 / (2 beta))^2, which draws the gap of log-ratios to 1 / (2 beta): IPO (2310.12036, Eq. 17)."""
+    return ((pairs.logit_B - 0.5) / pairs.beta_B).square()
+
+
+def discovered(pairs: Terms, options: LossOptions) -> Tensor:
+    """(1 - m) (-log sigmoid(h)) + m exp(-h) with m = sigmoid(h / tau): DiscoPOP (arXiv 2406.08414, Eq. 5), tau > 0.
+
+    Not convex: beyond h of about -2 tau it falls towards the left.
+    """
+    h_B = pairs.logit_B
+    m_B = torch.sigmoid(h_B / options.discopop_tau)
+    return -(1 - m_B) * F.logsigmoid(h_B) + m_B * torch.exp((-h_B).clamp(max=MAX_EXPONENT))
+
+
+def exo_pair(pairs: Terms, options: LossOptions) -> Tensor:
+    """KL(sigmoid(h) || q) of two-point distributions: EXO (arXiv 2402.00856, Eq. 16); DPO has KL(q || sigmoid(h)).
+
+    sigmoid(h) [log sigmoid(h) - log q] + sigmoid(-h) [log sigmoid(-h) - log(1 - q)], with q in (0, 1).
+    """
+    h_B = pairs.logit_B
+    q_B = smoothed(pairs.label_B, options.label_smoothing)
+    return torch.sigmoid(h_B) * (F.logsigmoid(h_B) - q_B.log()) + torch.sigmoid(-h_B) * (
+        F.logsigmoid(-h_B) - torch.log1p(-q_B)
+    )
+
+
+# ---- links of the single responses
+
+
+def nca_pair(pairs: Terms, options: LossOptions) -> Tensor:
+    """-log s(r_w) - log s(-r_w) / 2 - log s(-r_l) / 2 with r = beta D: NCA for two responses (arXiv 2402.05369)."""
+    chosen_B, rejected_B = pairs.chosen_reward_B, pairs.rejected_reward_B
+    return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
+
+
+def bco_pair(pairs: Terms, options: LossOptions) -> Tensor:
+    """-log s(r_w) - log s(-r_l): a classifier of good and bad responses, BCO (arXiv 2404.04656)."""
+    return -F.logsigmoid(pairs.chosen_reward_B) - F.logsigmoid(-pairs.rejected_reward_B)
+
+
+def sppo_hard(pairs: Terms, options: LossOptions) -> Tensor:
+    """(D_w - 1 / (2 beta))^2 + (D_l + 1 / (2 beta))^2: SPPO (arXiv 2405.00675, Eq. 4.7), the winner sure."""
+    target_B = 0.5 / pairs.beta_B
+    return (pairs.chosen_ratio_B - target_B).square() + (pairs.rejected_ratio_B + target_B).square()
+
+
+def apo_zero(pairs: Terms, options: LossOptions) -> Tensor:
+    """1 - s(r_w) + s(r_l): chosen up, rejected down; for chosen better than the model's own (2408.06266, Eq. 7)."""
+    return torch.sigmoid(-pairs.chosen_reward_B) + torch.sigmoid(pairs.rejected_reward_B)
+
+
+def apo_down(pairs: Terms, options: LossOptions) -> Tensor:
+    """s(r_w) + 1 - s(r_w - r_l): both down, rejected more; for chosen worse than the model's (2408.06266, Eq. 8)."""
+    chosen_B, rejected_B = pairs.chosen_reward_B, pairs.rejected_reward_B
+    return torch.sigmoid(chosen_B) + torch.sigmoid(rejected_B - chosen_B)
+
+
+# ---- the chosen response alone
+
+
+def sft(pairs: Terms, options: LossOptions) -> Tensor:
+    """-log pi(y_w | x) / n_w, without reference and per token: added to a preference loss by RPO (arXiv 2405.16436) and
+    MPO (arXiv 2411.10442)."""
+    return -pairs.chosen_ratio_B
+
+
+def sft_micro_batch(pairs: Terms, options: LossOptions) -> Tensor:
+    """TRL's `sft`: the mean over all chosen tokens of a micro-batch, so that it depends on how pairs are batched."""
+    mean = -pairs.chosen_ratio_B.sum() / pairs.chosen_lengths_B.sum()
+    return mean.expand_as(pairs.chosen_ratio_B)
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": with_label(logistic),
+    "robust": with_label(logistic, unbiased),  # arXiv 2403.00409: the expected loss is that of labels without noise
+    "hinge": with_label(hinge),
+    "ipo": with_label(squared),
+    "ipo_sum": with_label(squared),
+    "exo_pair": exo_pair,
+    "nca_pair": with_label(nca_pair),
+    "bco_pair_no_shift": with_label(bco_pair),
+    "sppo_hard": with_label(sppo_hard),
+    "apo_zero": with_label(apo_zero),
+    "apo_down": with_label(apo_down),
+    "discopop": with_label(discovered),
+    "sigmoid_norm": with_label(logistic),
+    "simpo": with_label(logistic),
+    "sft": sft,
+    "sft_micro_batch": sft_micro_batch,
+}
 
 
 def pair_metrics(pairs: PairLogps, loss_B: Tensor) -> dict[str, Tensor]:
@@ -116,7 +311,7 @@ def pair_metrics(pairs: PairLogps, loss_B: Tensor) -> dict[str, Tensor]:
 
     A tie counts as half right: before the first step, where all rewards are 0, accuracy is that of a coin (TRL says 0).
     """
-    chosen_B, rejected_B = rewards(pairs)
+    chosen_B, rejected_B = pairs.chosen_reward_B, pairs.rejected_reward_B
     right_B = (chosen_B > rejected_B).to(loss_B.dtype) + 0.5 * (chosen_B == rejected_B).to(loss_B.dtype)
     return {
         "loss": loss_B.detach(),

@@ -33,7 +33,7 @@ from dpo.identity import making_facts
 from dpo.objective import Objective
 from dpo.plan import make_plan
 from dpo.policy import Pretrained, Sizes
-from dpo.reference import Reference
+from dpo.reference import NoReference, Reference
 from dpo.runlog import RunLog
 from dpo.scores import set_names
 from dpo.signals import StopRequest
@@ -104,6 +104,8 @@ class Parts:
 
     def _reference(self, source: Pretrained) -> Reference:
         config = self.config
+        if not config.loss.needs_reference:
+            return NoReference()
         scorer = open_scorer(config, source, self.engine)
         if config.reference.mode != "stored":
             return Reference(scorer())

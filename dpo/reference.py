@@ -63,6 +63,17 @@ class Reference:
         """Nothing more is asked."""
 
 
+class NoReference(Reference):
+    """For losses that need none: no model, and log-probs of 0, so that log-ratios are the policy's log-probs."""
+
+    def __init__(self) -> None:
+        self.num_forwards = 0
+
+    def logps(self, batch: PairBatch) -> Tensor:
+        """See `Reference`: (S,) zeros."""
+        return batch.response_lengths_S.new_zeros(2 * batch.num_pairs)
+
+
 def main(argv: list[str]) -> int:
     """Parse and fill; returns the exit code of the trainer's contract."""
     if "--help" in argv or "-h" in argv:

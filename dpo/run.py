@@ -80,7 +80,7 @@ class Run:
 
     def _check_step0(self) -> None:
         """Hold policy against reference on this rank's first pairs."""
-        if self.config.reference.path is not None:
+        if self.config.reference.path is not None or not self.config.loss.needs_reference:
             return
         (step,) = self.parts.steps(0, 1)
         batch = step.micro_batches[0].to(self.world.device)

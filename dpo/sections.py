@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from dpo.loss_types import LOSS_TYPES, OPTIONS, LossName, reading
 from dpo.refusals import ConfigError, at_least, in_range, positive, require, unchanged, unknown_name
 
 SHIPPED_DS_CONFIGS = "ds_configs/zero1.json, zero2.json or zero3.json"
@@ -96,19 +97,57 @@ class DataSection:
 
 @dataclass(frozen=True)
 class LossSection:
-    """The preference loss."""
+    """The preference loss; dpo/LOSSES.md says when to use which."""
 
-    type: tuple[Literal["sigmoid"], ...] = ("sigmoid",)
-    """sigmoid: DPO (arXiv 2305.18290, Eq. 7)."""
+    type: tuple[LossName, ...] = ("sigmoid",)
+    """One loss, or several that are added up. Of the pair: sigmoid (DPO), robust, hinge, ipo, ipo_sum, exo_pair,
+    discopop, sigmoid_norm (per token), simpo (no reference); of each response: nca_pair, bco_pair_no_shift, sppo_hard,
+    apo_zero, apo_down; of the chosen one: sft (sft_micro_batch: as TRL averages it)."""
+    weights: tuple[float, ...] = ()
+    """Weight of each loss of loss.type; none: 1 each."""
     beta: float = 0.1
     """Strength of the pull towards the reference, in 1 / nats; a `beta` column of a row takes precedence."""
     label_smoothing: float = 0.0
-    """Probability that a preference is flipped, in [0, 0.5); above 0: conservative DPO (cDPO)."""
+    """Probability that a preference is flipped, in [0, 0.5); above 0: conservative DPO (cDPO); robust undoes it."""
+    soft_labels: bool = False
+    """Read the rows' column `label`: the chance that chosen is the better response; rows without one are sure."""
+    gamma: float = 0.0
+    """Margin that every pair has to exceed, in nats of reward (SimPO's gamma)."""
+    margin_scale: float = 0.0
+    """Margin from the rows' column `margin`, times this (ODPO's alpha); 0: the column is not read."""
+    length_penalty: float = 0.0
+    """Reward, per token, that is put down to length (R-DPO's alpha)."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's mixture."""
 
     def __post_init__(self) -> None:
-        require(len(self.type) == 1, "loss.type takes one loss in this version: set --loss.type sigmoid")
+        chosen = f"loss.type={' '.join(self.type)}"
+        require(len(self.type) > 0, "loss.type is empty: set --loss.type sigmoid")
+        require(len(set(self.type)) == len(self.type), f"{chosen} names a loss twice: drop one, or set --loss.weights")
+        num_weights = len(self.weights)
+        counts = f"{num_weights} for the {len(self.type)} of loss.type"
+        require(num_weights in (0, len(self.type)), f"loss.weights: {counts}: give one each, or none")
+        for weight in self.weights:
+            positive("each of loss.weights", weight)
+        for option in sorted(OPTIONS):
+            if not any(option in LOSS_TYPES[name].reads for name in self.type):
+                unchanged(self, "loss", (option,), chosen, f"--loss.type {reading(option)[0]}")
         positive("loss.beta", self.beta)
         in_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
+        positive("loss.discopop_tau", self.discopop_tau)
+        if "exo_pair" in self.type:
+            remedy = "set --loss.label_smoothing 0.001"
+            require(self.label_smoothing > 0, f"loss.type=exo_pair needs labels that are not sure: {remedy}")
+
+    @property
+    def all_weights(self) -> tuple[float, ...]:
+        """The weight of each loss of `type`."""
+        return self.weights or (1.0,) * len(self.type)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses is against a reference."""
+        return any(LOSS_TYPES[name].reference for name in self.type)
 
 
 @dataclass(frozen=True)
@@ -384,6 +423,9 @@ class Config:
                 raise ConfigError(f"checkpoint.allow_changes: {unknown_name('key', key, known)}")
 
     def _check_reference(self) -> None:
+        if not self.loss.needs_reference:
+            names, chosen = ("mode", "path", "offload", "store"), f"loss.type={' '.join(self.loss.type)}"
+            unchanged(self.reference, "reference", names, f"{chosen}, which needs no reference", "--loss.type sigmoid")
         if self.reference.mode == "adapter_off":
             remedy = "set --lora.r 16, or --reference.mode frozen_copy"
             require(self.lora.r > 0, f"reference.mode=adapter_off needs an adapter, but lora.r=0: {remedy}")

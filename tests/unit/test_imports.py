@@ -66,7 +66,7 @@ def test_the_report_imports_no_torch(module: str) -> None:
     assert roots(reach(module)) & {"torch", "transformers", "deepspeed", "peft", "datasets"} == set()
 
 
-@pytest.mark.parametrize("module", ["dpo.config", "dpo.config_help", "dpo.plan", "dpo.ds_json"])
+@pytest.mark.parametrize("module", ["dpo.config", "dpo.config_help", "dpo.plan", "dpo.ds_json", "dpo.loss_types"])
 def test_config_modules_import_no_heavy_library(module: str) -> None:
     heavy = {"torch", "transformers", "numpy", "deepspeed", "peft", "datasets", "accelerate"}
     assert roots(reach(module)) & heavy == set()

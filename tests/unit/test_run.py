@@ -20,7 +20,8 @@ from data_utils import reader
 from data_utils.manifest_command import describe
 from data_utils.reader import StepReader, TokenizedStep
 from dpo import attention
-from dpo.engine import StepResult
+from dpo.engine import SingleEngine, StepResult
+from dpo.policy import Policy
 from dpo.run import Run
 from dpo.scores import read_pairs
 from dpo.steps import AgreedStep
@@ -222,7 +223,10 @@ def test_bad_rows_are_skipped_and_counted_and_columns_reach_the_loss(
     (_, row, _) = train(folder, "columns", "--data.train", f"{folder}/columns.jsonl", *flags)
     assert (row["pairs_seen"], row["skipped_rows"]) == (19, 1)
     assert row["loss"] == pytest.approx(math.log(2) * 18 / 19, abs=1e-6)
-    assert "warning: the rows' margin are not read by loss.type=sigmoid" in capsys.readouterr().out
+    warning = (
+        "warning: the rows have columns that the loss does not read; it would read margin with --loss.margin_scale 1"
+    )
+    assert warning in capsys.readouterr().out
 
 
 def test_data_workers_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,3 +314,37 @@ def test_more_rows_than_are_parsed_at_the_start_are_noted(
     monkeypatch.setattr("dpo.build.CHECKED_PER_RANK", 19)
     train(folder, "unparsed")
     assert "note: 20 rows are parsed only when they are trained on" in capsys.readouterr().out
+
+
+def never(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("no reference is needed")
+
+
+@pytest.mark.parametrize("lora", ["0", "4"])
+@pytest.mark.parametrize("losses", ["simpo, beta: 2.0, gamma: 0.5", "sft"])
+def test_without_need_of_a_reference_none_is_built_or_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, lora: str, losses: str
+) -> None:
+    monkeypatch.setattr(SingleEngine, "frozen_scorer", never)
+    monkeypatch.setattr(Policy, "adapter_off", never)
+    recipe = folder / "losses.yaml"
+    recipe.write_text(f"loss: {{type: {losses}}}")
+    name = f"{losses.split(',')[0]}-{lora}"
+    before, first_step, *_, after = train(folder, name, "--config", str(recipe), "--lora.r", lora)
+    assert first_step["reference_forwards"] == 0
+    assert after["eval_loss"] < before["eval_loss"]
+    assert 0 < before["eval_rewards/accuracies"] < 1 and before["eval_rewards/margins"] != 0
+    assert after["eval_rewards/chosen"] > before["eval_rewards/chosen"]
+    if losses == "sft":
+        assert before["eval_loss"] == pytest.approx(-before["eval_rewards/chosen"])
+
+
+def test_losses_are_added_up_with_their_weights(folder: Path) -> None:
+    """Before the first step DPO is at ln 2, so what is left is the sft term."""
+    recipe = folder / "mixed.yaml"
+    recipe.write_text("loss: {type: [sigmoid, sft], weights: [2.0, 0.5]}")
+    before, *_ = train(folder, "mixed", "--config", str(recipe))
+    (folder / "alone.yaml").write_text("loss: {type: sft}")
+    alone, *_ = train(folder, "alone", "--config", str(folder / "alone.yaml"))
+    assert before["eval_loss"] == pytest.approx(2 * math.log(2) + 0.5 * alone["eval_loss"], abs=1e-5)
+    assert before["eval_rewards/accuracies"] == 0.5

@@ -74,7 +74,8 @@ class Evaluator:
         order = np.argsort(index)
         columns_FB = np.concatenate([share.columns_FB for share in shares], axis=1)[:, order]
         columns = dict(zip(shares[0].names, columns_FB, strict=True))
-        loss_B = self._objective.loss(PairLogps(**{name: torch.from_numpy(value) for name, value in columns.items()}))
+        pairs = PairLogps(**{name: torch.from_numpy(value) for name, value in columns.items()})
+        chosen_reward_B, rejected_reward_B = self._objective.rewards(pairs)
         sources = [source for share in shares for source in share.sources]
         prompt_tokens = [tokens for share in shares for tokens in share.prompt_tokens]
         return Scores(
@@ -88,10 +89,16 @@ class Evaluator:
             beta=columns["beta_B"],
             policy_chosen=columns["policy_chosen_logps_B"],
             policy_rejected=columns["policy_rejected_logps_B"],
-            reference_chosen=columns["reference_chosen_logps_B"],
-            reference_rejected=columns["reference_rejected_logps_B"],
-            loss=loss_B.numpy(),
+            reference_chosen=self._known(columns["reference_chosen_logps_B"]),
+            reference_rejected=self._known(columns["reference_rejected_logps_B"]),
+            chosen_reward=chosen_reward_B.numpy(),
+            rejected_reward=rejected_reward_B.numpy(),
+            loss=self._objective.loss(pairs).numpy(),
         )
+
+    def _known(self, reference_logps_B: np.ndarray) -> np.ndarray:
+        """The reference's log-probs; NaN where there is no reference."""
+        return reference_logps_B if self._objective.needs_reference else np.full_like(reference_logps_B, np.nan)
 
 
 def _share(scored: list[tuple[PairBatch, PairLogps]]) -> _Share:

@@ -20,12 +20,14 @@ class Objective:
     Attributes:
         statistic: the head statistic that they need, or None.
         columns: per-pair columns that they read.
+        needs_reference: whether any of them is against a reference.
     """
 
     def __init__(self, loss: LossSection) -> None:
         self._weights: dict[LossName, float] = dict(zip(loss.type, loss.all_weights, strict=True))
         self._options = LossOptions(**{spec.name: getattr(loss, spec.name) for spec in fields(LossOptions)})
         self._beta = loss.beta
+        self.needs_reference = loss.needs_reference
         self.statistic: HeadStatistic | None = None
         self.columns = {"weight", "beta"}
         self.columns |= {"margin"} if loss.margin_scale else set()
@@ -55,10 +57,10 @@ class Objective:
             chosen_statistic_B=chosen_statistic_B,
             rejected_statistic_B=rejected_statistic_B,
         )
-        chosen_B, rejected_B = self._rewards(pairs)
+        chosen_B, rejected_B = self.rewards(pairs)
         return replace(pairs, chosen_reward_B=chosen_B, rejected_reward_B=rejected_B)
 
-    def _rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected, (B,) each, without grad, as the first loss that has any defines them; for
         `sft` alone the log-probs per token."""
         names: list[LossName] = [*(name for name in self._weights if "beta" in LOSS_TYPES[name].reads), "sft"]

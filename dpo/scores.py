@@ -29,7 +29,9 @@ class Scores:
         set_name, source: of what entry of `data.eval` it is, and of what source.
         prompt_tokens, chosen_tokens, rejected_tokens: the last two count what is scored.
         weight, beta: of the pair, resolved.
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: summed log-probs in nats, float64.
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected: summed log-probs in nats, float64; the
+            reference's NaN for losses without one.
+        chosen_reward, rejected_reward: the rewards that the loss implies, float64.
         loss: of the pair before its weight, float64.
     """
 
@@ -45,6 +47,8 @@ class Scores:
     policy_rejected: np.ndarray
     reference_chosen: np.ndarray
     reference_rejected: np.ndarray
+    chosen_reward: np.ndarray
+    rejected_reward: np.ndarray
     loss: np.ndarray
 
     def __len__(self) -> int:
@@ -59,16 +63,6 @@ class Scores:
     def rejected_logratio(self) -> np.ndarray:
         """log pi - log ref of the rejected responses."""
         return self.policy_rejected - self.reference_rejected
-
-    @property
-    def chosen_reward(self) -> np.ndarray:
-        """beta (log pi - log ref) of the chosen responses (arXiv 2305.18290, Sec. 4)."""
-        return self.beta * self.chosen_logratio
-
-    @property
-    def rejected_reward(self) -> np.ndarray:
-        """beta (log pi - log ref) of the rejected responses."""
-        return self.beta * self.rejected_logratio
 
     @property
     def margin(self) -> np.ndarray:

@@ -44,6 +44,8 @@ def random_scores(num_pairs: int, seed: int = 0, names: tuple[str, ...] = ("a", 
         policy_rejected=floats(-200, -10),
         reference_chosen=floats(-200, -10),
         reference_rejected=floats(-200, -10),
+        chosen_reward=floats(-2, 2),
+        rejected_reward=floats(-2, 2),
         loss=floats(0.1, 2),
     )
 
@@ -57,7 +59,7 @@ def by_hand(scores: Scores) -> dict[str, float]:
 
     chosen = [row["policy_chosen"] - row["reference_chosen"] for row in rows]
     rejected = [row["policy_rejected"] - row["reference_rejected"] for row in rows]
-    rewards = [(row["beta"] * c, row["beta"] * r) for row, c, r in zip(rows, chosen, rejected, strict=True)]
+    rewards = [(row["chosen_reward"], row["rejected_reward"]) for row in rows]
     right = [float(c > r) for c, r in rewards]
     longer = [row["chosen_tokens"] - row["rejected_tokens"] for row in rows]
     share = [1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in longer]

@@ -232,6 +232,7 @@ KERNELS: dict[str, Kernel] = {"cuda": Kernel(_flash, _fits_flash)}
 """The variable-length kernel of each type of device that has one."""
 
 
+@torch.compiler.disable
 def documents_attention(
     module: nn.Module,
     query: Tensor,
@@ -249,7 +250,8 @@ def documents_attention(
     """transformers' attention signature; query (1, heads, T, D), key and value (1, kv_heads, T, D).
 
     Without `documents` the row is one document. Sliding windows, soft caps and sinks arrive as transformers sends them;
-    a window counts keys of the document, which are as far from each other as their positions.
+    a window counts keys of the document, which are as far from each other as their positions. Never compiled with the
+    layer around it (`train.compile`): every row has other documents.
 
     Returns:
         (1, T, heads, D) and no weights.

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_utils.schema import Layout, PairBatch
-from dpo.config import Config, OptimSection
+from dpo.config import Config, ConfigError, OptimSection
+from dpo.layers import require_compiler
 from dpo.logps import HeadStatistic
 from dpo.plan import Plan
 from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
@@ -100,7 +101,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def build_engine(build: Build) -> Engine:
-    """The engine that the plan names."""
+    """The engine that the plan names.
+
+    Raises:
+        ConfigError: an option of `train` does not work here.
+    """
+    _check_options(build)
     if build.plan.engine == "deepspeed":
         from dpo.engine_deepspeed import DeepSpeedEngine
 
@@ -110,6 +116,22 @@ def build_engine(build: Build) -> Engine:
 
         return FSDP2Engine(build)
     return SingleEngine(build)
+
+
+def _check_options(build: Build) -> None:
+    """Refuse what this engine or device cannot do, before weights are read."""
+    train = build.config.train
+    if build.ds_json is not None and build.ds_json["zero_optimization"]["stage"] == 3:
+        because = "does not work under ZeRO-3, which gathers weights inside layers"
+        if train.compile:
+            raise ConfigError(f"train.compile=true {because}: set --parallel.engine fsdp2, or drop it")
+        if train.recompute == "selective":
+            raise ConfigError(f"train.recompute=selective {because}: set --train.recompute full")
+        if train.activation_offload and not train.gradient_checkpointing:
+            remedy = "set --train.gradient_checkpointing true, or drop it"
+            raise ConfigError(f"train.activation_offload alone {because}: {remedy}")
+    if train.compile:
+        require_compiler(build.world.device)
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) -> torch.optim.AdamW:
@@ -211,7 +233,7 @@ class SingleEngine(TorchEngine):
     """One process on one device. In bf16 the model computes with a copy of its fp32 weights."""
 
     def __init__(self, build: Build) -> None:
-        self.device, self.dtype = build.world.device, build.dtype
+        self.device, self.dtype, self.compiles = build.world.device, build.dtype, build.config.train.compile
         policy = trained_policy(build.source, build.config, build.layout, build.dtype).to(self.device)
         self.computing = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         masters = self.computing if build.dtype == torch.float32 else self._split_masters()
@@ -251,7 +273,7 @@ class SingleEngine(TorchEngine):
 
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`."""
-        model = frozen_policy(source, self.policy.layout, self.dtype)
+        model = frozen_policy(source, self.policy.layout, self.dtype, compiled=self.compiles)
         model.to("cpu" if offload else self.device)
         return make_scorer(model, self.device if offload else None)
 

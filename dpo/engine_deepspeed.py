@@ -39,7 +39,7 @@ class DeepSpeedEngine:
     def __init__(self, build: Build) -> None:
         assert build.ds_json is not None
         _join(build)
-        self.world, self.dtype = build.world, build.dtype
+        self.world, self.dtype, self.compiles = build.world, build.dtype, build.config.train.compile
         self.settings = complete_ds_json(
             build.ds_json,
             dtype="bfloat16" if build.dtype == torch.bfloat16 else "float32",
@@ -85,7 +85,7 @@ class DeepSpeedEngine:
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
         with self._partitioned_load():
-            model: Any = frozen_policy(source, self.policy.layout, self.dtype)
+            model: Any = frozen_policy(source, self.policy.layout, self.dtype, compiled=self.compiles)
         if self.stage == 3:
             zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
             model, *_ = deepspeed.initialize(model=model, config=self.settings | {"zero_optimization": zero})

@@ -39,10 +39,8 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype, offload: Offload
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    blocks = set(policy.causal_lm._no_split_modules or ())
-    for module in policy.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, **settings)
+    for layer in policy.layers:
+        fully_shard(layer, **settings)
     fully_shard(policy, **settings)
 
 
@@ -68,7 +66,7 @@ class FSDP2Engine(TorchEngine):
     """Sharded over `parallel.shard_size` ranks, replicated over the rest."""
 
     def __init__(self, build: Build) -> None:
-        self.world, self.dtype = build.world, build.dtype
+        self.world, self.dtype, self.compiles = build.world, build.dtype, build.config.train.compile
         self.mesh = make_mesh(build.world, build.plan.shard_size)
         arguments = (build.source, build.config, build.layout, build.dtype)
         full = trained_policy(*arguments) if build.world.is_main else None
@@ -98,7 +96,7 @@ class FSDP2Engine(TorchEngine):
         """See `Engine`."""
         arguments = (source, self.policy.layout, self.dtype)
         full = frozen_policy(*arguments) if self.world.is_main else None
-        model = frozen_policy(*arguments, empty=True)
+        model = frozen_policy(*arguments, empty=True, compiled=self.compiles)
         on_gpu = self.world.device.type == "cuda"
         shard(model, self.mesh, self.dtype, CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy())
         fill(model, full, self.world.device, offload=offload)

@@ -21,7 +21,9 @@ from data_utils.batching import sequence_places
 from data_utils.schema import Layout, PairBatch
 from dpo import attention
 from dpo.config import Config, ConfigError, LoraSection
+from dpo.layers import compile_layers, recompute_layers
 from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
+from dpo.offload import Offload
 
 _STATELESS_LAYERS = {"full_attention", "sliding_attention"}
 _LAYER_KEYS = ("layer_types", "layers_block_type", "block_types")
@@ -168,12 +170,14 @@ class Policy(nn.Module):
     Attributes:
         model: the transformers model or the PeftModel around it; the one thing that is exported.
         layout: the layout its attention is set up for.
+        offload: moves activations to the CPU between forward and backward; None: they stay.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, transform: LogitTransform, layout: Layout) -> None:
         super().__init__()
         self.model = model
         self.layout: Layout = layout
+        self.offload: Offload | None = None
         self.stock_attention = self.causal_lm.config._attn_implementation or "eager"
         ScoringHead.adopt(self.head, transform)
         self.use_layout(layout)
@@ -197,6 +201,12 @@ class Policy(nn.Module):
         return head
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers: what engines shard, and what is compiled and recomputed, as one unit."""
+        names = set(self.causal_lm._no_split_modules or ())
+        return [module for module in self.modules() if {base.__name__ for base in type(module).__mro__} & names]
+
+    @property
     def is_lora(self) -> bool:
         """Whether only adapters are trained."""
         return isinstance(self.model, PeftModel)
@@ -211,7 +221,8 @@ class Policy(nn.Module):
     @contextmanager
     def _stock(self) -> Iterator[None]:
         self.causal_lm.set_attn_implementation(self.stock_attention)
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
         self.use_layout(self.layout)
 
     def adapter_off(self) -> Any:
@@ -251,7 +262,8 @@ class Policy(nn.Module):
         else:
             documents = attention.Documents.of(batch.documents, batch.input_ids_RT.device)
             inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
-        return self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+        with nullcontext() if self.offload is None else self.offload.active(batch.input_ids_RT.device):
+            return self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
 
     def _score_by_own_logits(self, batch: PairBatch) -> Tensor:
         """(S,) log-probs from the model's own logits, one unpadded sequence at a time."""
@@ -333,17 +345,28 @@ def trained_policy(
         keep_dtype: leave the whole model in `dtype` (an engine that makes its own fp32 weights).
     """
     model: PreTrainedModel | PeftModel = source.empty(dtype) if empty else source.load(dtype)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.r:
         with torch.device("meta") if empty else nullcontext():
             model = add_lora(model, config.lora, config.train.seed)
     elif not keep_dtype:
         model = model.float()
-    return Policy(model, source.logit_transform, layout).train()
+    policy = Policy(model, source.logit_transform, layout).train()
+    train = config.train
+    if train.compile:
+        compile_layers(policy.layers)
+    if train.gradient_checkpointing:
+        recompute_layers(policy.layers, train.recompute, with_dropout=config.lora.dropout > 0)
+    if train.activation_offload:
+        policy.offload = Offload(policy, policy.layers)
+    return policy
 
 
-def frozen_policy(source: Pretrained, layout: Layout, dtype: torch.dtype, *, empty: bool = False) -> Policy:
+def frozen_policy(
+    source: Pretrained, layout: Layout, dtype: torch.dtype, *, empty: bool = False, compiled: bool = False
+) -> Policy:
     """A model that only scores: every weight frozen and in `dtype`."""
     model = source.empty(dtype) if empty else source.load(dtype)
-    return Policy(model, source.logit_transform, layout).requires_grad_(False).eval()
+    policy = Policy(model, source.logit_transform, layout).requires_grad_(False).eval()
+    if compiled:
+        compile_layers(policy.layers)
+    return policy

@@ -296,9 +296,25 @@ class TrainSection:
     """Seed of data order, adapter initialization and dropout."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    recompute: Literal["full", "selective"] = "full"
+    """With gradient_checkpointing: full: keep the layers' inputs alone; selective: keep also what matrix products and
+    attention give, for about half the memory at next to no time."""
+    activation_offload: bool = False
+    """Keep activations in the host's memory between forward and backward (on a CPU, a copy that saves nothing)."""
+    compile: bool = False
+    """Compile decoder layers with torch.compile: slower to start, faster steps."""
 
     def __post_init__(self) -> None:
         at_least("train.epochs", self.epochs, 1)
+        if not self.gradient_checkpointing:
+            because = "train.gradient_checkpointing=false"
+            unchanged(self, "train", ("recompute",), because, "--train.gradient_checkpointing true")
+        if self.activation_offload and self.recompute == "selective":
+            remedy = "set --train.recompute full, or drop it"
+            raise ConfigError(f"train.activation_offload moves nothing that recompute=selective keeps: {remedy}")
+        if self.compile and self.recompute == "selective":
+            remedy = "set --train.recompute full, or drop train.compile"
+            raise ConfigError(f"train.recompute=selective does not see into compiled layers: {remedy}")
         if self.max_steps is not None:
             at_least("train.max_steps", self.max_steps, 1)
         if self.stop_after_steps is not None:

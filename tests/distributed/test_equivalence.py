@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 FSDP2 = ["--parallel.engine", "fsdp2"]
 PADDED, PACKED, SHARED = (["--batch.layout", layout] for layout in ("padded", "packed", "shared"))
 CHECKPOINTING = ["--train.gradient_checkpointing", "true"]
+SELECTIVE = [*CHECKPOINTING, "--train.recompute", "selective"]
+OFFLOADED = ["--train.activation_offload", "true"]
+COMPILED = ["--train.compile", "true"]
 SPLIT = ["--batch.tokens_per_micro_batch", "64"]
 KINDS = {"full": [], "lora": ["--lora.r", "4", "--optim.learning_rate", "1e-2"]}
 
@@ -38,6 +41,10 @@ ONE_RANK = {
     "shared": SHARED,
     "shared_split": [*SHARED, *SPLIT],
     "shared_checkpointing": [*SHARED, *SPLIT, *CHECKPOINTING],
+    "shared_selective": [*SHARED, *SPLIT, *SELECTIVE],
+    "shared_compiled": [*SHARED, *SPLIT, *COMPILED],
+    "padded_compiled_checkpointing": [*PADDED, *COMPILED, *CHECKPOINTING],
+    "shared_offloaded": [*SHARED, *SPLIT, *OFFLOADED],
     "fsdp2_alone": [*PACKED, *FSDP2],
     "auto": [],
 }
@@ -48,6 +55,13 @@ TWO_RANKS = {
     "fsdp2_checkpointing": [*PADDED, *FSDP2, *CHECKPOINTING],
     "fsdp2_shared": [*SHARED, *FSDP2],
     "fsdp2_shared_checkpointing": [*SHARED, *FSDP2, *SPLIT, *CHECKPOINTING],
+    "fsdp2_shared_selective": [*SHARED, *FSDP2, *SPLIT, *SELECTIVE],
+    "fsdp2_shared_compiled": [*SHARED, *FSDP2, *SPLIT, *COMPILED, *CHECKPOINTING],
+    "zero2_shared_compiled": [*SHARED, *deepspeed(2), *SPLIT, *COMPILED],
+    "fsdp2_shared_offloaded": [*SHARED, *FSDP2, *SPLIT, *OFFLOADED],
+    "fsdp2_offloaded_compiled": [*PACKED, *FSDP2, *OFFLOADED, *COMPILED, *CHECKPOINTING],
+    "zero3_offloaded": [*SHARED, *deepspeed(3), *SPLIT, *OFFLOADED, *CHECKPOINTING],
+    "zero2_selective": [*PACKED, *deepspeed(2), *SELECTIVE],
     "zero1": [*PACKED, *deepspeed(1)],
     "zero1_shared_split": [*SHARED, *deepspeed(1), *SPLIT],
     "zero2": [*PACKED, *deepspeed(2)],

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from dpo import flash
+from dpo.flex import FlexRow, flex
 
 DOCUMENTS = "dpo_documents"
 _LARGEST_FLASH_HEAD = 256
@@ -68,19 +69,23 @@ class Documents:
         lengths: tokens of each.
         prefixes: how many first tokens of the document before it each one continues; 0: it stands alone.
         kernel, spread: the device's variable-length kernel and what it needs; None on the CPU.
+        flex_row: what FlexAttention needs for layers that the kernel does not fit; None where it is not used.
     """
 
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...]
     kernel: Kernel | None = None
     spread: Spread | None = None
+    flex_row: FlexRow | None = None
 
     @staticmethod
     def of(documents: tuple[tuple[int, int], ...], device: torch.device) -> Documents:
         """The documents of a row (`PairBatch.documents`) on `device`."""
         lengths, prefixes = zip(*documents, strict=True)
         kernel = KERNELS.get(device.type)
-        return Documents(lengths, prefixes, kernel, None if kernel is None else _spread(lengths, prefixes, device))
+        spread = None if kernel is None else _spread(lengths, prefixes, device)
+        row = FlexRow(lengths, prefixes, device) if device.type in FLEX_DEVICES else None
+        return Documents(lengths, prefixes, kernel, spread, row)
 
 
 def _spread(lengths: tuple[int, ...], prefixes: tuple[int, ...], device: torch.device) -> Spread:
@@ -202,34 +207,30 @@ def _in_one_call(
     return kernel.attend(query, key, value, spread, scale, window)[None]
 
 
-@cache
-def _grouped_heads() -> dict[str, Any]:
-    """How `varlen_attn` is told of fewer key heads than query heads: torch 2.11 takes them as they are and has no such
-    argument, later releases refuse them without it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-
-
 def _flash(query: Tensor, key: Tensor, value: Tensor, spread: Spread, scale: float, window: int | None) -> Tensor:
-    """torch's own variable-length flash attention."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """The fastest flash attention that there is."""
     lengths = (spread.query_offsets, spread.key_offsets, spread.longest_query, spread.longest_key)
-    left = -1 if window is None else window - 1
-    attended = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(left, 0), **_grouped_heads())
-    assert isinstance(attended, Tensor)
-    return attended
+    return flash.attend(query, key, value, lengths, scale, (-1 if window is None else window - 1, 0))
 
 
 def _fits_flash(query: Tensor, value: Tensor) -> bool:
-    size = query.shape[-1]
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and size == value.shape[-1] and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
+    return is_16_bit and _takes_sizes(query.shape[-1], value.shape[-1])
+
+
+def _takes_sizes(size: int, value_size: int) -> bool:
+    return size == value_size and size % 8 == 0 and size <= _LARGEST_FLASH_HEAD
+
+
+def _fits_flex(query: Tensor) -> bool:
+    """In fp32 FlexAttention's products may be rounded to 10 bits, which is not what fp32 was asked for."""
+    return query.dtype in (torch.bfloat16, torch.float16)
 
 
 KERNELS: dict[str, Kernel] = {"cuda": Kernel(_flash, _fits_flash)}
 """The variable-length kernel of each type of device that has one."""
+FLEX_DEVICES = {"cuda"}
+"""Types of device where FlexAttention does what the kernel does not."""
 
 
 @torch.compiler.disable
@@ -262,6 +263,8 @@ def documents_attention(
     kernel, spread = documents.kernel, documents.spread
     if kernel is not None and spread is not None and softcap is None and s_aux is None and kernel.fits(query, value):
         return _in_one_call(query, key, value, kernel, spread, scale, sliding_window), None
+    if documents.flex_row is not None and _fits_flex(query):
+        return flex(query, key, value, documents.flex_row, scale, sliding_window, softcap, s_aux), None
     return _one_by_one(query, key, value, documents, scale, sliding_window, softcap, s_aux), None
 
 
@@ -278,40 +281,62 @@ _CHECKED_WINDOW = 40
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Sizes of an attention layer."""
+    """Sizes of an attention layer: numbers of heads, elements of a head of queries and keys, and of values."""
 
     query: int
     key: int
     size: int
+    value_size: int
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(heads, elements of each) of query, key and value."""
+        return [(self.query, self.size), (self.key, self.size), (self.key, self.value_size)]
 
 
-def kernel_error(heads: Heads, with_prefixes: bool, device: torch.device, dtype: torch.dtype) -> float:
-    """Largest error of the device's kernel against SDPA document by document in float32, output and gradients, with and
-    without a sliding window, relative to their largest element; 0 where no kernel would be used.
+def fits_flash_sizes(heads: Heads) -> bool:
+    """Whether flash attention takes heads of these sizes."""
+    return _takes_sizes(heads.size, heads.value_size)
+
+
+def kernel_error(
+    heads: Heads,
+    with_prefixes: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    with_sinks: bool = False,
+) -> float:
+    """Largest error of what computes on the device against SDPA document by document in float32, output and gradients,
+    with and without a sliding window, relative to their largest element; 0 where documents are taken one by one.
 
     A kernel that aligns causal masks at the start of keys, not at their end, has an error of the order of 1.
     """
     documents = Documents.of(_CHECKED[with_prefixes], device)
     generator = torch.Generator().manual_seed(0)
     total = sum(documents.lengths)
-    shapes = [(1, number, total, heads.size) for number in (heads.query, heads.key, heads.key)]
-    shapes.append((1, total, heads.query, heads.size))
+    shapes = [(1, number, total, size) for number, size in heads.sizes]
+    shapes.append((1, total, heads.query, heads.value_size))
     inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    kernel = documents.kernel
-    if kernel is None or not kernel.fits(inputs[0], inputs[2]):
+    kernel, is_plain = documents.kernel, softcap is None and not with_sinks
+    has_kernel = kernel is not None and is_plain and kernel.fits(inputs[0], inputs[2])
+    if not has_kernel and not (documents.flex_row is not None and _fits_flex(inputs[0])):
         return 0.0
+    settings: dict[str, Any] = {"softcap": softcap}
+    if with_sinks:
+        settings["s_aux"] = torch.linspace(-1, 1, heads.query, device=device)
     alone = Documents(documents.lengths, documents.prefixes)
     errors = []
     for window in (None, _CHECKED_WINDOW):
-        ours = _with_gradients(inputs, documents, window)
-        exact = _with_gradients([tensor.float() for tensor in inputs], alone, window)
+        ours = _with_gradients(inputs, documents, sliding_window=window, **settings)
+        exact = _with_gradients([tensor.float() for tensor in inputs], alone, sliding_window=window, **settings)
         errors += [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact, strict=True)]
     return max(errors)
 
 
 @torch.enable_grad()
-def _with_gradients(inputs: list[Tensor], documents: Documents, window: int | None) -> list[Tensor]:
+def _with_gradients(inputs: list[Tensor], documents: Documents, **settings: Any) -> list[Tensor]:
     """The output and the gradients of query, key and value for the last of `inputs` as the output's gradient."""
     query, key, value = leaves = [leaf.detach().requires_grad_() for leaf in inputs[:3]]
-    output, _ = documents_attention(nn.Identity(), query, key, value, None, sliding_window=window, documents=documents)
+    output, _ = documents_attention(nn.Identity(), query, key, value, None, documents=documents, **settings)
     return [output.detach(), *torch.autograd.grad(output, leaves, inputs[3])]

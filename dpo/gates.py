@@ -10,7 +10,7 @@ import torch
 
 from data_utils.batching import collate
 from data_utils.schema import Layout, PairBatch, PairColumns, TokenizedPair
-from dpo import attention
+from dpo import attention, flash
 from dpo.config import ConfigError
 from dpo.engine import Engine
 from dpo.logps import mean_gap
@@ -50,19 +50,60 @@ def probe_batch(vocabulary: int, layout: Layout) -> PairBatch:
 
 
 def kernel_error(policy: Policy, device: torch.device, dtype: torch.dtype) -> float:
-    """Error of the variable-length kernel that a policy's layout would use on this rank's device; 0 without one,
-    infinite where it does not run (flash attention wants a GPU of 2020 or later)."""
+    """Error of the attention that a policy's layout would use on this rank's device; 0 where documents are taken one by
+    one, infinite where it does not run (flash attention wants a GPU of 2020 or later).
+
+    A flash implementation that is off is dropped for the next one. FlexAttention is dropped where it is off, since
+    documents can be taken one by one instead.
+    """
     if policy.layout == "padded":
         return 0.0
+    while True:
+        error = _kernel_error(policy, device, dtype)
+        if error <= KERNEL_TOLERANCE[dtype] or device.type != "cuda":
+            return error
+        if flash.drop_first(f"its error is {error:.2g}"):
+            continue
+        if attention.FLEX_DEVICES and _needs_flex(policy):
+            logger.warning("FlexAttention is not used (its error is %.2g): documents are taken one by one", error)
+            attention.FLEX_DEVICES.clear()
+            continue
+        return error
+
+
+def _heads(policy: Policy) -> attention.Heads:
     config = policy.causal_lm.config.get_text_config()
     num_heads = config.num_attention_heads
     num_key_heads = getattr(config, "num_key_value_heads", None) or num_heads  # GPT-NeoX has none
+    if hasattr(config, "v_head_dim"):  # latent attention (DeepSeek) rotates a part of each head of queries and keys
+        return attention.Heads(
+            num_heads, num_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    heads = attention.Heads(num_heads, num_key_heads, size)
+    return attention.Heads(num_heads, num_key_heads, size, size)
+
+
+def _softcap(policy: Policy) -> float | None:
+    return getattr(policy.causal_lm.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def _has_sinks(policy: Policy) -> bool:
+    return any(name.endswith(".sinks") for name, _ in policy.named_parameters())
+
+
+def _needs_flex(policy: Policy) -> bool:
+    heads = _heads(policy)
+    return _softcap(policy) is not None or _has_sinks(policy) or not attention.fits_flash_sizes(heads)
+
+
+def _kernel_error(policy: Policy, device: torch.device, dtype: torch.dtype) -> float:
+    with_prefixes = policy.layout == "shared"
     try:
-        return attention.kernel_error(heads, policy.layout == "shared", device, dtype)
-    except RuntimeError as error:
-        logger.warning("variable-length attention: %s", str(error).strip().split("\n")[0])
+        return attention.kernel_error(
+            _heads(policy), with_prefixes, device, dtype, _softcap(policy), _has_sinks(policy)
+        )
+    except (RuntimeError, TypeError) as error:  # also what torch.compile raises, and a package of other arguments
+        logger.warning("attention over documents: %s", str(error).strip().split("\n")[0])
         return math.inf
 
 

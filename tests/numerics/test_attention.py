@@ -19,7 +19,7 @@ from dpo.attention import Documents, Heads, documents_attention, kernel_error
 from tests.numerics.kernels import REFERENCE, WRONG
 
 CPU = torch.device("cpu")
-HEADS = Heads(query=4, key=2, size=8)
+HEADS = Heads(query=4, key=2, size=8, value_size=8)
 Pairs = list[tuple[int, int]]
 
 

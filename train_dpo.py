@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 def train(run: Run) -> bool:
     """Take the steps that are left; whether the run came to its end (else it was asked to stop, and saved)."""
+    from dpo.prefetch import on_device
+
     engine, reference, objective = run.engine, run.reference, run.objective
     for step in run.steps(run.resume()):
         if step.stop:
             run.stopped(step.number)
             return False
-        for number, micro_batch in enumerate(step.micro_batches, start=1):
-            batch = micro_batch.to(run.world.device)
+        for number, batch in enumerate(on_device(step.micro_batches, run.world.device), start=1):
             reference_logps_S = reference.logps(batch)
             policy_logps_S, statistic_S = engine.forward(batch, objective.statistic)
             pairs = objective.pairs(batch, policy_logps_S, statistic_S, reference_logps_S)

@@ -36,6 +36,8 @@ class CaseSize:
         pairs: pairs per step; every step takes them all.
         micro_batch: the rival's pairs per micro-batch.
         tokenized: pairs on which tokenizing is timed.
+        dtype: of the weights on disk.
+        device: on which they are drawn.
     """
 
     shape: Shape
@@ -44,6 +46,8 @@ class CaseSize:
     micro_batch: int
     lora_rank: int
     tokenized: int
+    dtype: str = "float32"
+    device: str = "cpu"
 
 
 PINNED = CaseSize(
@@ -180,7 +184,7 @@ def _write(
     size = replace(size, shape=replace(size.shape, vocabulary=len(tokenizer)))
     kept, tokenized = _first_sound(PairTokenizer(tokenizer, size.max_length), pairs, size.pairs, dropped)
     model_folder = folder / "model"
-    write_weights(model_folder, size.shape, torch.float32, "cpu", seed)
+    write_weights(model_folder, size.shape, getattr(torch, size.dtype), size.device, seed)
     tokenizer.save_pretrained(model_folder)
     text = _lines(kept)
     (folder / "pairs.jsonl").write_text(text)

@@ -199,7 +199,7 @@ class Meter:
         """Say that everything is set up; returns when the first step is wanted."""
         self._weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
         self._say(facts)
-        self._since = time.process_time()
+        self._since, self._wall_since = time.process_time(), time.perf_counter()
         self._obey()
 
     def micro_step(self, loss: Tensor, tokens: int, slots: int) -> None:
@@ -220,11 +220,16 @@ class Meter:
 
     def step_done(self) -> None:
         """Report the step; returns when the next one is wanted. CPU-seconds run from one report to the next, so that
-        what a trainer prepares in advance is paid for too; waiting costs none."""
-        now = time.process_time()
+        what a trainer prepares in advance is paid for too; waiting costs none. On a GPU the host waits here for all
+        that the step has queued, so that seconds are those of the device."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now, wall = time.process_time(), time.perf_counter()
         self._stack.close()
         answer = {
             "cpu_seconds": now - self._since,
+            "seconds": wall - self._wall_since,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
             "loss": float(torch.stack(self._losses).double().sum()),
             "micro_steps": len(self._losses),
             "tokens": self._tokens,
@@ -233,16 +238,17 @@ class Meter:
         self._say(answer | ({} if self._count is None else self._count.result()))
         self._count = None
         self._reset()
-        self._since = time.process_time()
+        self._since, self._wall_since = time.process_time(), time.perf_counter()
         self._obey()
 
     def _obey(self) -> None:
         while True:
             line = self._commands.readline().strip()
             if line in self.extras:
-                before = time.process_time()
+                before, wall_before = time.process_time(), time.perf_counter()
                 self._say(self.extras[line]())
                 self._since += time.process_time() - before
+                self._wall_since += time.perf_counter() - wall_before
                 continue
             if line == "count":
                 self._count = Count(self._weights, self.talkers)

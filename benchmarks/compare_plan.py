@@ -23,6 +23,8 @@ class Side:
         steps: steps over which the learning rate decays; no more are taken.
         layout, reference, tokens_per_micro_batch: ours.
         micro_batch: TRL's pairs per micro-batch.
+        device: cpu (in fp32) or cuda (in bf16).
+        flags: further flags of ours.
         folder: where it may write.
     """
 
@@ -34,6 +36,8 @@ class Side:
     reference: str = "live"
     tokens_per_micro_batch: int = 8192
     micro_batch: int = 8
+    device: str = "cpu"
+    flags: tuple[str, ...] = ()
 
     @property
     def choices(self) -> dict[str, str | int]:

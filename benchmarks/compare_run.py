@@ -42,7 +42,7 @@ class Failed(RuntimeError):
 class Worker:
     """A trainer's process, answering one command at a time."""
 
-    def __init__(self, case: Case, side: Side) -> None:
+    def __init__(self, case: Case, side: Side, started: Callable[[Worker], None] = lambda worker: None) -> None:
         self.side = side
         folder = Path(side.folder)
         folder.mkdir(parents=True)
@@ -52,6 +52,7 @@ class Worker:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
+        started(self)  # for whoever may have to end it before it answers
         self.facts = self._answer()
         self.losses: list[float] = []
 

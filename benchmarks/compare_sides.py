@@ -34,7 +34,7 @@ def our_flags(case: Case, side: Side) -> list[str]:
     """The command line of train_dpo.py."""
     flags = {
         "model.path": case.model,
-        "model.dtype": "float32",
+        "model.dtype": "bfloat16" if side.device == "cuda" else "float32",
         "data.train": case.shard,
         "data.shuffle": "false",
         "data.max_length": case.size.max_length,
@@ -46,11 +46,11 @@ def our_flags(case: Case, side: Side) -> list[str]:
         "optim.max_grad_norm": MAX_GRAD_NORM,
         "train.epochs": side.steps,
         "train.seed": SEED,
-        "parallel.device": "cpu",
+        "parallel.device": side.device,
         "log.tensorboard": "false",
         "run.dir": f"{side.folder}/run",
     }
-    return as_flags(flags | side.choices)
+    return [*as_flags(flags | side.choices), *side.flags]
 
 
 class MeteredRun(Run):
@@ -126,7 +126,8 @@ def run_trl(case: Case, side: Side, meter: Meter) -> None:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             mask = inputs["attention_mask"]
-            meter.micro_step(loss / accumulation, int(mask.numpy().sum()), mask.numel())
+            tokens = int(mask.numpy().sum()) if mask.device.type == "cpu" else 0  # elsewhere it would be one more sync
+            meter.micro_step(loss / accumulation, tokens, mask.numel())
             return loss
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +179,7 @@ def _trl_trainer(case: Case, side: Side, cls: Any, accumulation: int) -> Any:
     adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     rows = [row | {"length": length} for row, length in zip(case.rows(), case.lengths, strict=True)]
     trainer = cls(
-        model=AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(case.model, dtype=_trl_dtype(side)),
         args=DPOConfig(**trl_settings(case, side, accumulation)),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(case.model),
@@ -188,6 +189,12 @@ def _trl_trainer(case: Case, side: Side, cls: Any, accumulation: int) -> Any:
         our_start = add_lora(Pretrained.open(case.model).load(torch.float32), LoraSection(r=rank), SEED)
         set_peft_model_state_dict(trainer.model, get_peft_model_state_dict(our_start))
     return trainer
+
+
+def _trl_dtype(side: Side) -> torch.dtype:
+    """Of TRL's weights: fp32 on a CPU; on a GPU bf16 where it is tuned or trains an adapter, else fp32 and autocast."""
+    in_bf16 = side.device == "cuda" and (side.name == "trl-tuned" or side.mode == "lora")
+    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def trl_settings(case: Case, side: Side, accumulation: int) -> dict[str, Any]:
@@ -207,8 +214,8 @@ def trl_settings(case: Case, side: Side, accumulation: int) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": side.device == "cpu",
+        "bf16": side.device == "cuda",
         "seed": SEED,
     }
     if side.name == "trl-tuned":

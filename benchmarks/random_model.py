@@ -52,6 +52,9 @@ SMALL = Shape(4096, hidden=512, ffn=1408, layers=4, heads=8, kv_heads=4, initial
 ONE_B = Shape(128_256, hidden=2048, ffn=8192, layers=16, heads=32, kv_heads=8, initializer_range=0.02)
 """The shape of Llama 3.2 1B: 1.24 billion parameters."""
 
+EIGHT_B = Shape(128_256, hidden=4096, ffn=14_336, layers=32, heads=32, kv_heads=8, initializer_range=0.02)
+"""The shape of Llama 3.1 8B, but for tied embeddings: 7.5 billion parameters."""
+
 
 def write_model(folder: Path, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Path:
     """Save a random model and a tokenizer of words into `folder`."""

@@ -253,14 +253,14 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def flops_per_pair(shape: Shape, trained: str, tokens: float, scored: float) -> float:
+def flops_per_pair(shape: Shape, trained: str, tokens: float, scored: float, lora_rank: int = LORA_RANK) -> float:
     """Model FLOPs of forward and backward of one pair: 2 per weight and token forward, 2 for the gradient of
     activations, 2 for that of trainable weights; the head at scored tokens only. Attention scores, recompute and the
     reference's forward are left out."""
     head = shape.vocabulary * shape.hidden
     if trained == "full":
         return 6 * (shape.body_parameters * tokens + head * scored)
-    adapters = shape.lora_parameters(LORA_RANK)
+    adapters = shape.lora_parameters(lora_rank)
     return 4 * (shape.body_parameters * tokens + head * scored) + 6 * adapters * tokens
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -81,11 +82,17 @@ class Documents:
     @staticmethod
     def of(documents: tuple[tuple[int, int], ...], device: torch.device) -> Documents:
         """The documents of a row (`PairBatch.documents`) on `device`."""
-        lengths, prefixes = zip(*documents, strict=True)
-        kernel = KERNELS.get(device.type)
-        spread = None if kernel is None else _spread(lengths, prefixes, device)
-        row = FlexRow(lengths, prefixes, device) if device.type in FLEX_DEVICES else None
-        return Documents(lengths, prefixes, kernel, spread, row)
+        return _documents(documents, device, KERNELS.get(device.type), device.type in FLEX_DEVICES)
+
+
+@lru_cache(maxsize=2)
+def _documents(
+    documents: tuple[tuple[int, int], ...], device: torch.device, kernel: Kernel | None, with_flex: bool
+) -> Documents:
+    """Kept for the next forward of the same micro-batch: reference and policy need the same."""
+    lengths, prefixes = zip(*documents, strict=True)
+    spread = None if kernel is None else _spread(lengths, prefixes, device)
+    return Documents(lengths, prefixes, kernel, spread, FlexRow(lengths, prefixes, device) if with_flex else None)
 
 
 def _spread(lengths: tuple[int, ...], prefixes: tuple[int, ...], device: torch.device) -> Spread:
@@ -233,7 +240,6 @@ FLEX_DEVICES = {"cuda"}
 """Types of device where FlexAttention does what the kernel does not."""
 
 
-@torch.compiler.disable
 def documents_attention(
     module: nn.Module,
     query: Tensor,
@@ -268,9 +274,12 @@ def documents_attention(
     return _one_by_one(query, key, value, documents, scale, sliding_window, softcap, s_aux), None
 
 
+_uncompiled: Any = torch.compiler.disable(documents_attention)
+
+
 def register() -> None:
     """Make `DOCUMENTS` a name that `model.set_attn_implementation` knows; no mask function, so no mask is built."""
-    AttentionInterface.register(DOCUMENTS, documents_attention)
+    AttentionInterface.register(DOCUMENTS, _uncompiled)
 
 
 # ---- the check of the kernel

@@ -133,7 +133,7 @@ class Offload:
             self._order.append(weakref.ref(moved))
             self.bytes_out += moved.size
         place = len(self._order) - 1
-        return _View(moved, place, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _View(moved, place, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, kept: Tensor | _View) -> Tensor:
         if isinstance(kept, Tensor):

@@ -66,8 +66,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("heads", [Heads(4, 2, 16, 16), Heads(4, 4, 48, 32)], ids=["grouped", "unequal"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [*((name, Heads(4, 2, 16, 16)) for name in SETTINGS), ("plain", Heads(4, 4, 48, 32))],
+    ids=[*SETTINGS, "unequal heads"],
+)
 def test_flex_attention_gives_what_documents_one_by_one_give(
     name: str, heads: Heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare_meter import Live, _Saved
@@ -147,16 +149,24 @@ def test_full_recomputing_computes_layers_twice_and_selective_next_to_nothing(lo
 def test_recomputed_layers_give_the_same_and_scoring_does_not_pay(
     family: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calls: list[str] = []
+
+    def counting(*inputs: Any, **named: Any) -> Any:
+        calls.append(how)
+        return checkpoint(*inputs, **named)
+
+    monkeypatch.setattr(layers, "checkpoint", counting)
     plain, recomputed = policy_of(family, "shared"), policy_of(family, "shared")
     recompute_layers(recomputed.layers, how, with_dropout=False)  # type: ignore[arg-type]
     expected_S, expected = train_on(plain, 4, seed=5)
     logps_S, gradients = train_on(recomputed, 4, seed=5)
+    assert len(calls) == len(recomputed.layers) == 2
     torch.testing.assert_close(logps_S, expected_S, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradients, expected, rtol=1e-6, atol=1e-6)
-    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", None)  # what recomputing is built on
     torch.testing.assert_close(score(recomputed, 4, seed=5), expected_S, rtol=1e-6, atol=1e-6)
-    with pytest.raises(TypeError):
-        train_on(recomputed, 4, seed=5)
+    with torch.no_grad():
+        recomputed.train()(collate(random_pairs(4, 5), "shared", 0))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("how", [None, "full"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import get_args
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.length_models import LENGTH_MODELS, drawn_pairs
+from data_utils import batching
 from data_utils.batching import collate, idle_batch, pack, sequence_places
 from data_utils.schema import Layout, PairColumns, Spans, TokenizedPair
 
@@ -206,6 +209,20 @@ def test_best_fit_decreasing_fills_the_fullest() -> None:
     pairs = [make_pair([1], [1] * n, [1] * n, index=n) for n in (4, 1, 3, 2)]  # 10, 4, 8 and 6 tokens
     packed = pack(pairs, "packed", tokens_per_micro_batch=14)
     assert [[pair.index for pair in micro_batch] for micro_batch in packed] == [[4, 1], [3, 2]]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_steps_of_512_pairs_fill_rows_of_16k_tokens(layout: Layout) -> None:
+    """Lengths of the HH test pairs. The last row of a step holds what is left over, so fill is counted over the others:
+    there is no padding in any."""
+    drawn = drawn_pairs(LENGTH_MODELS["hh"], 1024, 3000, seed=0)
+    words = [[len(str(side).split()) for side in (p.prompt, p.chosen, p.rejected)] for p in islice(drawn, 512)]
+    pairs = [make_pair([1] * prompt, [1] * chosen, [1] * rejected) for prompt, chosen, rejected in words]
+    packed = pack(pairs, layout, 16384)
+    costs = sorted(sum(batching._cost(one, layout) for one in batch) for batch in packed)
+    assert len(costs) > 6 and costs[1] >= 0.995 * 16384
+    batch = collate(packed[0], layout, 0)
+    assert batch.num_slots == batch.num_tokens, "no padding"
 
 
 def test_a_shared_prompt_costs_its_tokens_once() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_utils import loader as loader_module
 from data_utils.loader import PREFETCHED_STEPS, StepLoader
 from data_utils.mixture import plain
 from data_utils.order import Order
@@ -173,6 +174,22 @@ def test_steps_are_made_ahead_but_not_without_bound(tmp_path: Path) -> None:
     assert spy.calls <= ahead + 10
     steps.close()
     assert no_thread_is_left()
+
+
+def test_packing_and_collating_are_done_off_the_training_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    for name in ("pack", "collate"):
+        original = getattr(loader_module, name)
+
+        def noting(*arguments: object, original=original):  # type: ignore[no-untyped-def]
+            threads.append(threading.current_thread().name)
+            return original(*arguments)
+
+        monkeypatch.setattr(loader_module, name, noting)
+    list(make_loader(tmp_path).steps(0, 3))
+    assert len(threads) > 5 and set(threads) == {"steps"}
 
 
 def test_a_bug_in_the_thread_surfaces_too(tmp_path: Path) -> None:

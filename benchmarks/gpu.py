@@ -184,9 +184,7 @@ class Benchmark:
                 self._note(setting, {"status": "not run", "reason": "no trl"})
                 continue
             if self._left_s() <= 0:
-                self._note(
-                    setting, {"status": "not run", "reason": f"the budget of {self.options.budget_s:g} s is spent"}
-                )
+                self._note(setting, self._out_of_time("is spent"))
                 continue
             if case is None or setting.model != model:
                 case, model = self._case(setting.model), setting.model

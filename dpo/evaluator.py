@@ -14,6 +14,7 @@ from dpo.engine import Engine
 from dpo.loss import PairLogps
 from dpo.objective import Objective
 from dpo.policy import evaluating
+from dpo.prefetch import on_device
 from dpo.reference import Reference
 from dpo.scores import Scores
 from dpo.world import World
@@ -57,8 +58,8 @@ class Evaluator:
         """Every held-out pair of all ranks. One device-to-host copy and one exchange; every rank calls it."""
         scored = []
         with evaluating(self._engine.policy):
-            for number, host_batch in enumerate(self._batches):
-                batch = host_batch.to(self._world.device)
+            batches = zip(self._batches, on_device(self._batches, self._world.device), strict=True)
+            for number, (host_batch, batch) in enumerate(batches):
                 if number == len(self._reference_logps):
                     self._reference_logps.append(self._reference.logps(batch))
                 policy_logps_S, statistic_S = self._engine.forward(batch, self._objective.statistic)

@@ -29,7 +29,7 @@ def train(run: Run) -> bool:
             reference_logps_S = reference.logps(batch)
             policy_logps_S, statistic_S = engine.forward(batch, objective.statistic)
             pairs = objective.pairs(batch, policy_logps_S, statistic_S, reference_logps_S)
-            loss_B = objective.loss(pairs)
+            loss_B = objective.with_routers(objective.loss(pairs), engine.policy.balance_B)
             loss = (batch.weight_B * loss_B).sum() * step.pair_weight
             engine.backward(loss, last=number == len(step.micro_batches))
             run.count(batch, pairs, loss_B)

@@ -128,6 +128,7 @@ def _alone(config: Config) -> Config:
         model=replace(config.model, path=config.reference.path or config.model.path),
         lora=LoraSection(r=1),
         reference=replace(config.reference, mode="stored", path=None, offload=False),
+        loss=replace(config.loss, router_aux_loss_coef=0.0),
         train=replace(config.train, gradient_checkpointing=False, recompute="full", activation_offload=False),
         export=replace(config.export, merge_lora=False),
     )

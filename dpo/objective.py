@@ -27,6 +27,7 @@ class Objective:
         self._weights: dict[LossName, float] = dict(zip(loss.type, loss.all_weights, strict=True))
         self._options = LossOptions(**{spec.name: getattr(loss, spec.name) for spec in fields(LossOptions)})
         self._beta = loss.beta
+        self._router_coef = loss.router_aux_loss_coef
         self.needs_reference = loss.needs_reference
         self.statistic: HeadStatistic | None = None
         self.columns = {"weight", "beta"}
@@ -79,6 +80,10 @@ class Objective:
             weight * LOSSES[name](self._terms(pairs, name), self._options) for name, weight in self._weights.items()
         ]
         return torch.stack(losses).sum(0)
+
+    def with_routers(self, loss_B: Tensor, balance_B: Tensor | None) -> Tensor:
+        """(B,) loss with the load-balancing loss of a mixture of experts, where there is one (`dpo.routers`)."""
+        return loss_B if balance_B is None else loss_B + self._router_coef * balance_B
 
     def unread_columns(self, batch: PairBatch) -> list[str]:
         """Columns that rows of this batch carry and these losses do not read."""

@@ -24,6 +24,7 @@ from dpo.config import Config, ConfigError, LoraSection
 from dpo.layers import compile_layers, recompute_layers
 from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
 from dpo.offload import Offload
+from dpo.routers import Routers, wants_logits
 
 _STATELESS_LAYERS = {"full_attention", "sliding_attention"}
 _LAYER_KEYS = ("layer_types", "layers_block_type", "block_types")
@@ -171,6 +172,8 @@ class Policy(nn.Module):
         model: the transformers model or the PeftModel around it; the one thing that is exported.
         layout: the layout its attention is set up for.
         offload: moves activations to the CPU between forward and backward; None: they stay.
+        routers: of a mixture of experts whose load is to be balanced; else None.
+        balance_B: (B,) load-balancing loss of the last batch that was trained on; None without `routers`.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, transform: LogitTransform, layout: Layout) -> None:
@@ -178,6 +181,8 @@ class Policy(nn.Module):
         self.model = model
         self.layout: Layout = layout
         self.offload: Offload | None = None
+        self.routers: Routers | None = None
+        self.balance_B: Tensor | None = None
         self.stock_attention = self.causal_lm.config._attn_implementation or "eager"
         ScoringHead.adopt(self.head, transform)
         self.use_layout(layout)
@@ -258,12 +263,17 @@ class Policy(nn.Module):
     def _hidden(self, batch: PairBatch) -> Tensor:
         """(R, T, H) final hidden states."""
         if batch.layout == "padded":
-            inputs = {"attention_mask": batch.attention_mask_RT}
+            inputs: dict[str, Any] = {"attention_mask": batch.attention_mask_RT}
         else:
             documents = attention.Documents.of(batch.documents, batch.input_ids_RT.device)
             inputs = {"position_ids": batch.position_ids_RT, "documents": documents}
         with nullcontext() if self.offload is None else self.offload.active(batch.input_ids_RT.device):
-            return self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs).last_hidden_state
+            if self.routers is not None and wants_logits(self):
+                inputs["output_router_logits"] = True
+            outputs = self.backbone(input_ids=batch.input_ids_RT, use_cache=False, **inputs)
+        if "output_router_logits" in inputs and self.routers is not None:
+            self.balance_B = self.routers.balance(outputs.router_logits, batch)
+        return outputs.last_hidden_state
 
     def _score_by_own_logits(self, batch: PairBatch) -> Tensor:
         """(S,) log-probs from the model's own logits, one unpadded sequence at a time."""
@@ -356,6 +366,8 @@ def trained_policy(
         compile_layers(policy.layers)
     if train.gradient_checkpointing:
         recompute_layers(policy.layers, train.recompute, with_dropout=config.lora.dropout > 0)
+    if config.loss.router_aux_loss_coef:
+        policy.routers = Routers.of(policy.causal_lm)
     if train.activation_offload:
         policy.offload = Offload(policy, policy.layers)
     return policy

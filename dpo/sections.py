@@ -119,6 +119,8 @@ class LossSection:
     """Reward, per token, that is put down to length (R-DPO's alpha)."""
     discopop_tau: float = 0.05
     """Temperature of discopop's mixture."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, added to each pair's loss; 0: none."""
 
     def __post_init__(self) -> None:
         chosen = f"loss.type={' '.join(self.type)}"
@@ -134,6 +136,7 @@ class LossSection:
                 unchanged(self, "loss", (option,), chosen, f"--loss.type {reading(option)[0]}")
         positive("loss.beta", self.beta)
         in_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
+        at_least("loss.router_aux_loss_coef", self.router_aux_loss_coef, 0)
         positive("loss.discopop_tau", self.discopop_tau)
         if "exo_pair" in self.type:
             remedy = "set --loss.label_smoothing 0.001"
@@ -423,6 +426,9 @@ class Config:
             require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
         if self.export.merge_lora:
             require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
+        if self.loss.router_aux_loss_coef and self.train.compile:
+            remedy = "drop one of them"
+            raise ConfigError(f"loss.router_aux_loss_coef reads routers, which train.compile=true hides: {remedy}")
         if self.batch.layout in ("packed", "shared") and self.model.attn_implementation is not None:
             remedy = "drop model.attn_implementation, or set --batch.layout padded"
             raise ConfigError(f"batch.layout={self.batch.layout} brings its own attention: {remedy}")

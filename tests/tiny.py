@@ -62,13 +62,16 @@ def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
     return tokenizer.to_str()
 
 
-def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = CHATML) -> Path:
-    """A random two-layer Llama with a tokenizer in `folder`, with logits far from uniform so that errors show."""
+def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = CHATML, experts: int = 0) -> Path:
+    """A random two-layer Llama with a tokenizer in `folder`, with logits far from uniform so that errors show; with
+    `experts` a Mixtral that sends each token to two of so many."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer(chat_template=chat_template)
-    config = LlamaConfig(
+    routed = {"num_local_experts": experts, "num_experts_per_tok": 2, "sliding_window": None} if experts else {}
+    config = AutoConfig.for_model(
+        "mixtral" if experts else "llama",
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
@@ -78,6 +81,7 @@ def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = C
         max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=tied,
+        **routed,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

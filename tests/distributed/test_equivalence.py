@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from tests.distributed.conftest import Lab
+from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -178,6 +179,30 @@ def mean_logps(lab: Lab, model: torch.nn.Module) -> tuple[float, float]:
             log_softmax = model(ids).logits[0, :-1].double().log_softmax(-1)
             sums[side] += log_softmax.gather(1, ids[0, 1:, None])[len(pair.prompt_ids) - 1 :].sum().item()
     return sums[0] / len(shards), sums[1] / len(shards)
+
+
+ROUTED = ["--loss.router_aux_loss_coef", "0.5"]
+ROUTED_ONE_RANK = {"packed": PACKED, "padded": PADDED, "shared": [*SHARED, *SPLIT, *CHECKPOINTING]}
+ROUTED_TWO_RANKS = {"fsdp2": [*SHARED, *FSDP2, *SPLIT, *CHECKPOINTING], "zero2": deepspeed(2), "zero3": deepspeed(3)}
+
+
+def test_the_load_balancing_loss_is_the_same_everywhere(lab: Lab) -> None:
+    """Mixtures of experts, with so large a share of it that it would show."""
+    tiny_model(lab.folder / "experts", experts=4)
+
+    def command(name: str, *flags: str) -> list[str]:
+        line = lab.command(f"routed-{name}", *flags, *ROUTED, "--train.epochs", "1")
+        line[line.index("--model.path") + 1] = str(lab.folder / "experts")
+        return line
+
+    for num_ranks, members in ((1, ROUTED_ONE_RANK), (2, ROUTED_TWO_RANKS)):
+        lab.train(num_ranks, *(command(name, *flags) for name, flags in members.items()))
+    expected = lab.training_rows("routed-packed")
+    assert expected[0]["loss"] > 0.6931 + 0.5, "at least 2 of 4 experts, evenly chosen, times the coefficient"
+    for name in [*ROUTED_ONE_RANK, *ROUTED_TWO_RANKS]:
+        for ours, theirs in zip(lab.training_rows(f"routed-{name}"), expected, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
 def test_bf16_follows_the_same_path_in_every_engine(lab: Lab) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.config import (
@@ -255,6 +255,7 @@ def test_yaml_reads_back_to_an_equal_config(flags: tuple[str, ...], recipe: Any)
     assert yaml.safe_load(to_yaml(config)) == to_dict(config)
 
 
+@settings(deadline=None)
 @given(name=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1))
 def test_any_path_survives_the_round_trip(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     config = parse_config(["--model.path=m", f"--data.train={name}", f"--run.dir={name}"])

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from data_utils.batching import sequence_places
 from data_utils.schema import Layout, PairBatch
 from dpo import attention
+from dpo.adapters import fuse
 from dpo.config import Config, ConfigError, LoraSection
 from dpo.layers import compile_layers, recompute_layers
 from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
@@ -362,6 +363,8 @@ def trained_policy(
         model = model.float()
     policy = Policy(model, source.logit_transform, layout).train()
     train = config.train
+    if isinstance(model, PeftModel) and not train.compile and train.recompute == "full":
+        fuse(model)  # the compiler does it by itself; selective recomputing has to see each product
     if train.compile:
         compile_layers(policy.layers)
     if train.gradient_checkpointing:

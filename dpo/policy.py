@@ -365,6 +365,9 @@ def trained_policy(
     train = config.train
     if isinstance(model, PeftModel) and not train.compile and train.recompute == "full":
         fuse(model)  # the compiler does it by itself; selective recomputing has to see each product
+    if (train.compile or train.gradient_checkpointing or train.activation_offload) and not policy.layers:
+        options = "train.compile, train.gradient_checkpointing and train.activation_offload"
+        raise ConfigError(f"{options} need a model that names its layers (_no_split_modules): drop them")
     if train.compile:
         compile_layers(policy.layers)
     if train.gradient_checkpointing:

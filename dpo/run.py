@@ -3,6 +3,7 @@ tells, `dpo.saving` saves and resumes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -17,12 +18,16 @@ from dpo.journal import Journal
 from dpo.loss import PairLogps
 from dpo.parts import Parts
 from dpo.plan import learning_rate
+from dpo.report.collect import Shards
+from dpo.report.page import write_report
 from dpo.runlog import RunLog
 from dpo.saving import Saver
 from dpo.signals import StopRequest
 from dpo.steps import AgreedStep
 from dpo.terminal import Terminal, duration
 from dpo.world import World
+
+logger = logging.getLogger("dpo")
 
 
 class Run:
@@ -144,6 +149,18 @@ class Run:
         if after:
             self.terminal.before_after(totals.eval_before, after)
         self.terminal.say(f"{steps} steps, {totals.pairs_seen} pairs in {duration(seconds)}; model in {final}")
+        if self.world.is_main:
+            self._report()
+
+    def _report(self) -> None:
+        """Write report.html; the run is finished by now, whatever becomes of its page."""
+        shards = Shards(self.config, self.parts.shards, self.parts.held_out)
+        try:
+            self.terminal.say(f"report: {write_report(self.log.directory, shards)}")
+        except Exception as error:
+            logger.exception("report.html")
+            remedy = f"see logs/, and python -m dpo.report {self.log.directory}"
+            self.terminal.say(f"warning: report.html was not written ({type(error).__name__}: {error}); {remedy}")
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
-from dpo.scores import PAIRS_FILE, Scores, pair_rows, read_pairs
+from dpo.scores import PAIRS_FILE, Scores, pair_rows, read_rows
 from dpo.world import World
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -129,7 +129,7 @@ class RunLog:
     def eval_pairs(self, scores: Scores, where: Iterable[str], step: int) -> None:
         """Write every pair of the latest evaluation, and what it was before training, to eval_pairs.jsonl."""
         path = self.directory / PAIRS_FILE
-        before = {row["where"]: row["before"] for row in read_pairs(path)} if step else {}
+        before = {row["where"]: row["before"] for row in read_rows(path)} if step else {}
         lines = (json.dumps(row, allow_nan=False) + "\n" for row in pair_rows(scores, where, step, before))
         _write_atomically(path, lines)
 

@@ -254,8 +254,8 @@ def _short(value: float) -> float | None:
     return float(f"{value:.9g}") if np.isfinite(value) else None
 
 
-def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """The rows of an `eval_pairs.jsonl`; nothing where there is no such file. A torn last row is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of the run directory; nothing where there is no such file. A torn last row is left out."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:

@@ -1,12 +1,18 @@
 """The page's style sheet: light and dark, from a phone to a desk."""
 
-STYLE = """
+TOKENS = """
 :root { color-scheme: light dark; --plane: #f9f9f7; --surface: #fcfcfb; --ink: #0b0b0b; --soft: #52514e;
   --grid: #e1e0d9; --hue: #2a78d6; --tint: #cde2fb; --track: #eceae4; --bad: #b42525; --warn: #8a5a00;
   --good: #006300; }
 @media (prefers-color-scheme: dark) {
   :root { --plane: #0d0d0d; --surface: #1a1a19; --ink: #fff; --soft: #c3c2b7; --grid: #33332f; --hue: #3987e5;
     --tint: #184f95; --track: #2c2c2a; --bad: #f07070; --warn: #fab219; --good: #4cc24c; } }
+"""
+"""Colours, which the trainer's report shares."""
+
+STYLE = (
+    TOKENS
+    + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--plane); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
@@ -89,3 +95,4 @@ footer { padding: 0 .25rem 1rem; }
   .b { display: none; }
 }
 """
+)

@@ -61,7 +61,7 @@ def roots(modules: set[str] | frozenset[str]) -> set[str]:
     return {module.split(".")[0] for module in modules}
 
 
-@pytest.mark.parametrize("module", ["dpo.scores"])
+@pytest.mark.parametrize("module", ["dpo.scores", "dpo.report.__main__", "dpo.report.page"])
 def test_the_report_imports_no_torch(module: str) -> None:
     assert roots(reach(module)) & {"torch", "transformers", "deepspeed", "peft", "datasets"} == set()
 

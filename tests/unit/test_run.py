@@ -23,7 +23,7 @@ from dpo import attention
 from dpo.engine import SingleEngine, StepResult
 from dpo.policy import Policy
 from dpo.run import Run
-from dpo.scores import read_pairs
+from dpo.scores import read_rows
 from dpo.steps import AgreedStep
 from tests.numerics import tiny_models
 from tests.numerics.kernels import BROKEN, REFERENCE, WRONG
@@ -111,7 +111,7 @@ def test_several_evaluation_sets_have_metrics_of_their_own_and_pairs_keep_what_w
     assert (last["eval_pairs"], last["eval_eval_pairs"], last["eval_mine_pairs"]) == (9, 5, 4)
     parts = 5 * last["eval_eval_loss"] + 4 * last["eval_mine_loss"]
     assert last["eval_loss"] == pytest.approx(parts / 9, abs=1e-12)
-    rows = read_pairs(folder / "sets" / "eval_pairs.jsonl")
+    rows = read_rows(folder / "sets" / "eval_pairs.jsonl")
     assert [row["where"] for row in rows] == [f"{folder}/eval.jsonl:{n}" for n in range(1, 6)] + [
         f"{folder}/other.jsonl:{n}" for n in range(1, 5)
     ]

@@ -17,7 +17,7 @@ from dpo.scores import (
     evaluation_metrics,
     length_controlled_accuracy,
     pair_rows,
-    read_pairs,
+    read_rows,
     set_names,
 )
 
@@ -145,9 +145,9 @@ def test_rows_keep_what_was_before_and_null_what_is_no_number(tmp_path: Path) ->
     assert [row["before"] for row in rows] == [first[0]["after"], first[1]["after"], None]
     assert rows[1]["after"]["logps/chosen"] is None and rows[0]["after"]["step"] == 7
     path = tmp_path / "eval_pairs.jsonl"
-    assert read_pairs(path) == []
+    assert read_rows(path) == []
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"where": "torn')
-    read: list[dict[str, Any]] = read_pairs(path)
+    read: list[dict[str, Any]] = read_rows(path)
     assert read == rows
     margin = 0.1 * (read[0]["after"]["logps/chosen"] - read[0]["reference_logps/chosen"])
     assert margin * scores.beta[0] / 0.1 == pytest.approx(read[0]["after"]["rewards/chosen"], rel=1e-6)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
-from dpo.scores import PAIRS_FILE, Scores, pair_rows, read_rows
+from dpo.files import read_object, read_rows, write_atomically
+from dpo.scores import PAIRS_FILE, Scores, pair_rows
 from dpo.world import World
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -50,7 +51,7 @@ class RunLog:
 
     def read_status(self) -> dict[str, Any]:
         """`status.json`, or nothing in a new run directory."""
-        return _read_json(self.directory / "status.json")
+        return read_object(self.directory / "status.json")
 
     def check_same_run(self) -> None:
         """Refuse a directory that holds a run of another config.
@@ -108,7 +109,7 @@ class RunLog:
             "world_size": world.size,
             "device": str(world.device),
         }
-        _write_atomically(self.directory / "config.yaml", to_yaml(self._config, record))
+        write_atomically(self.directory / "config.yaml", to_yaml(self._config, record))
         self._trackers = _open_trackers(self._config, self.directory)
 
     def status(self, state: State, step: int, exit_code: int | None = None, reason: str = "") -> None:
@@ -116,7 +117,7 @@ class RunLog:
         self.step = step
         if self.is_main:
             status = {"state": state, "step": step, "exit_code": exit_code, "reason": reason, "attempt": self.attempt}
-            _write_atomically(self.directory / "status.json", json.dumps(status) + "\n")
+            write_atomically(self.directory / "status.json", json.dumps(status) + "\n")
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl and send it to the trackers."""
@@ -131,7 +132,7 @@ class RunLog:
         path = self.directory / PAIRS_FILE
         before = {row["where"]: row["before"] for row in read_rows(path)} if step else {}
         lines = (json.dumps(row, allow_nan=False) + "\n" for row in pair_rows(scores, where, step, before))
-        _write_atomically(path, lines)
+        write_atomically(path, lines)
 
     def ledger(self, step: int, pairs: Sequence[str], skipped: bool) -> None:
         """Append the pairs of a step to ledger.jsonl; `skipped`: their gradient was not finite and changed nothing."""
@@ -151,7 +152,7 @@ class RunLog:
         """Write summary.json."""
         if self.is_main:
             text = json.dumps(without_nan(summary), indent=1, allow_nan=False)
-            _write_atomically(self.directory / "summary.json", text + "\n")
+            write_atomically(self.directory / "summary.json", text + "\n")
 
     def close(self) -> None:
         """Flush the trackers and end the rank's log."""
@@ -231,22 +232,6 @@ class WeightsAndBiases:
 def _open_trackers(config: Config, directory: Path) -> list[Any]:
     trackers: list[Any] = [TensorBoard(directory)] if config.log.tensorboard else []
     return trackers + ([WeightsAndBiases(config, directory)] if config.log.wandb else [])
-
-
-def _write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-    os.replace(aside, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; nothing where there is no file or it is torn."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _versions() -> dict[str, str | None]:

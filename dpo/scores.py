@@ -5,10 +5,8 @@ Imports no torch, so that the report reads what a run has written at once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -252,11 +250,3 @@ def _values(scores: Scores, place: int) -> dict[str, float | None]:
 def _short(value: float) -> float | None:
     """With the digits that an fp32 number has; None for what JSON does not have."""
     return float(f"{value:.9g}") if np.isfinite(value) else None
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of the run directory; nothing where there is no such file. A torn last row is left out."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("}\n")]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo.files import read_rows
 from dpo.report.series import digits
 from dpo.report.texts import plain, shorten
-from dpo.scores import read_rows
 
 ANSWERS_FILE = "answers.jsonl"
 MAX_ANSWERS = 100

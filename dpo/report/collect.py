@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,12 +11,13 @@ from typing import Any
 from data_utils.shards import ShardSet
 from dpo.config import Config, build, load_record, to_yaml
 from dpo.config_text import MISSING, default_of, known_keys, yaml_values
+from dpo.files import read_object, read_rows
 from dpo.refusals import ConfigError
 from dpo.report.answers import answers
 from dpo.report.pairs import pair_table
 from dpo.report.series import MAX_POINTS, digits, series
 from dpo.report.texts import open_shards, statistics
-from dpo.scores import MEANS, PAIRS_FILE, drift_warning, read_rows
+from dpo.scores import MEANS, PAIRS_FILE, drift_warning
 
 Row = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ def collect(directory: Path, shards: Shards | None = None, *, in_detail: bool = 
     rows = _rows(directory / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
-    status, summary = _object(directory / "status.json"), _object(directory / "summary.json")
+    status, summary = read_object(directory / "status.json"), read_object(directory / "summary.json")
     max_points = MAX_POINTS if in_detail else MAX_POINTS // 2
     run = {
         "name": directory.name or str(directory),
@@ -111,14 +111,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return read_rows(path)
     except ValueError as error:
         raise ConfigError(f"{path}: not what a run writes ({error}); restore the file") from None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 # ---- what was run

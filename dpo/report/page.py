@@ -6,12 +6,12 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from data_utils.doctor.style import TOKENS
+from dpo.files import write_atomically
 from dpo.report.collect import Shards, document
 
 REPORT_FILE = "report.html"
@@ -54,9 +54,7 @@ def write_report(run: Path, shards: Shards | None = None) -> Path:
 
 def write(path: Path, data: dict[str, Any]) -> Path:
     """Write a page, complete or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(page(data), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, page(data))
     return path
 
 

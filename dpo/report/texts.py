@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from data_utils.repeats import said
 from data_utils.schema import DataError, PreferencePair, Text
 from data_utils.shards import ShardSet
 from data_utils.sources import SourceSpec
@@ -61,13 +62,6 @@ def plain(text: Text) -> str:
     if len(text) == 1:
         return said(text[0])
     return "\n\n".join(f"[{message['role']}]\n{said(message)}" for message in text)
-
-
-def said(message: dict[str, Any]) -> str:
-    """What a message says, and the tools that it calls."""
-    calls = message.get("tool_calls")
-    content = message.get("content") or ""
-    return f"{content}\n{calls}".strip() if calls else str(content)
 
 
 def shorten(

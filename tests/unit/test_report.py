@@ -57,7 +57,7 @@ def test_texts_are_cut_to_one_length_that_fits() -> None:
     assert sum(len(text.encode()) for text in texts[0] or []) < 8_100
     assert shorten([["short", "", "too"]]) == ([["short", "", "too"]], None)
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": ["f"]}]
-    assert plain(turns) == "[user]\nhi\n\n[assistant]\n['f']"
+    assert plain(turns) == '[user]\nhi\n\n[assistant]\n["f"]'
 
 
 def test_data_cannot_end_the_element_it_stands_in() -> None:

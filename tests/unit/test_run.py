@@ -21,9 +21,9 @@ from data_utils.manifest_command import describe
 from data_utils.reader import StepReader, TokenizedStep
 from dpo import attention
 from dpo.engine import SingleEngine, StepResult
+from dpo.files import read_rows
 from dpo.policy import Policy
 from dpo.run import Run
-from dpo.scores import read_rows
 from dpo.steps import AgreedStep
 from tests.numerics import tiny_models
 from tests.numerics.kernels import BROKEN, REFERENCE, WRONG

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo.files import read_rows
 from dpo.scores import (
     Scores,
     drift_warning,
     evaluation_metrics,
     length_controlled_accuracy,
     pair_rows,
-    read_rows,
     set_names,
 )
 

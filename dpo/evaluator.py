@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_utils.schema import PairBatch
+from data_utils.schema import DataError, PairBatch
+from data_utils.shards import ShardSet
+from data_utils.skipped import Skipped
+from dpo.config import Config, DataSource
 from dpo.engine import Engine
 from dpo.loss import PairLogps
 from dpo.objective import Objective
 from dpo.policy import evaluating
 from dpo.prefetch import on_device
 from dpo.reference import Reference
-from dpo.scores import Scores
+from dpo.scores import Scores, set_names
+from dpo.steps import AgreedStep
 from dpo.world import World
 
 
@@ -30,6 +34,28 @@ class _Share:
     weight: np.ndarray
     prompt_tokens: list[int]
     sources: list[str]
+
+
+def whole_set(steps: Iterator[AgreedStep], num_rows: int, world: World, max_bad_fraction: float) -> list[PairBatch]:
+    """This rank's micro-batches of a held-out set, whose one window is the only step.
+
+    Raises:
+        DataError: too many of its rows were left out, or all.
+    """
+    (step,) = steps
+    skipped = Skipped()
+    skipped.add(step.skipped)
+    Skipped.together(world.gather_objects(skipped)).judge(num_rows, max_bad_fraction)
+    if not step.num_pairs:
+        raise DataError("data.eval: none of its rows can be used; see data.on_bad_row")
+    return step.micro_batches
+
+
+def set_of(config: Config, shards: ShardSet) -> Callable[[int], str]:
+    """What tells the evaluation set that a pair of data.eval belongs to, by its index."""
+    entries = [DataSource(entry) if isinstance(entry, str) else entry for entry in config.data.eval]
+    names = set_names([entry.path for entry in entries], [entry.name for entry in entries])
+    return lambda index: names[shards.source_of(index)]
 
 
 class Evaluator:

@@ -1,73 +1,93 @@
-"""The final model, as plain transformers and peft load it: safetensors, config, tokenizer."""
+"""`python -m dpo.export RUN`: what a run has trained, as a model to hand on, held against the run's own numbers.
+
+Nothing heavy is imported here, so that its --help answers at once.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+DESCRIPTION = """Export what a finished run has trained: a peft adapter, or a model in sharded safetensors, with
+tokenizer, chat template, generation config and a model card that holds the measured numbers.
 
-from dpo.config import Config
-from dpo.engine import Engine
-from dpo.policy import Pretrained, add_lora
-from dpo.world import World
-
-
-def export(
-    directory: Path,
-    engine: Engine,
-    source: Pretrained,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    dtype: torch.dtype,
-    world: World,
-) -> Path:
-    """Write the trained model into `directory` (complete or absent); every rank calls it.
-
-    A LoRA run leaves a peft adapter in fp32, or with `export.merge_lora` the merged model; full fine-tuning leaves a
-    transformers model. Model weights are written in the dtype of compute.
-    """
-    weights = engine.export_weights()
-    if world.is_main:
-        aside = directory.with_name(f".{directory.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        if config.export.merge_lora:
-            _save_merged(aside, weights, source, config, dtype)
-        elif config.lora.r:
-            _as_adapter(engine, aside, weights)
-        else:
-            _save_full(aside, weights, engine, source, dtype)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
-    world.barrier()
-    return directory
+The export is then loaded as anybody would load it, in plain transformers or peft, and must give the log-probs of
+held-out pairs that the run's last evaluation has recorded (without one: those of the run's own final model)."""
+EPILOG = """exit codes: 0 exported and checked; 2 no finished run, or bad arguments; 3 the export does not give the
+run's log-probs (nothing is left behind)."""
 
 
-def _as_adapter(engine: Engine, directory: Path, weights: dict[str, Tensor]) -> None:
-    engine.policy.model.save_pretrained(str(directory), state_dict=weights, save_embedding_layers=False)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo.export",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory (run.dir)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="where to (default RUN/export-adapter or RUN/export-model)"
+    )
+    parser.add_argument(
+        "--form",
+        choices=("adapter", "model"),
+        help="the adapter alone, or a whole model with the adapter merged into it (default: what was trained)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of a model's weights (default: as final/ has them)"
+    )
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a model's files (default 5GB)")
+    parser.add_argument("--check_pairs", type=int, default=16, metavar="N", help="pairs to check with (default 16)")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="what was exported and how it was checked, for programs"
+    )
+    return parser
 
 
-def _save_full(
-    directory: Path, weights: dict[str, Tensor], engine: Engine, source: Pretrained, dtype: torch.dtype
-) -> None:
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    model = engine.policy.causal_lm
-    model.config.dtype = dtype
-    source.restore_dropouts(model.config)
-    model.save_pretrained(directory, state_dict=cast)
+def main(argv: Sequence[str]) -> int:
+    """Export and check; returns the exit code."""
+    command_line = parser()
+    arguments = command_line.parse_args(argv)
+    if arguments.check_pairs < 1:
+        command_line.error(f"--check_pairs must be at least 1, not {arguments.check_pairs}")
+    if arguments.form == "adapter" and arguments.dtype is not None:
+        command_line.error("--dtype does nothing with --form adapter, which stays in float32: drop it")
+    from dpo.session import quiet
+
+    quiet()
+    from data_utils.schema import DataError
+    from dpo.export_run import ParityError, export_run
+    from dpo.refusals import ConfigError
+
+    try:
+        done = export_run(
+            arguments.run,
+            arguments.out,
+            form=arguments.form,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            check_pairs=arguments.check_pairs,
+        )
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(done.facts(), indent=1) + "\n", encoding="utf-8")
+    except (ConfigError, DataError) as error:
+        return _refuse(str(error), 2)
+    except OSError as error:
+        return _refuse(f"{error.filename or arguments.run}: {error.strerror or error}", 2)
+    except ParityError as error:
+        return _refuse(str(error), 3)
+    print(done.told())
+    return 0
 
 
-def _save_merged(
-    directory: Path, weights: dict[str, Tensor], source: Pretrained, config: Config, dtype: torch.dtype
-) -> None:
-    """Merge in fp32 into freshly read base weights, so that every engine merges alike."""
-    adapted = add_lora(source.load(torch.float32), config.lora, config.train.seed)
-    unknown = adapted.load_state_dict(weights, strict=False).unexpected_keys
-    assert not unknown, unknown
-    merged = adapted.merge_and_unload().to(dtype)
-    source.restore_dropouts(merged.config)
-    merged.save_pretrained(directory)
+def _refuse(reason: str, code: int) -> int:
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

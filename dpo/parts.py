@@ -10,10 +10,9 @@ import transformers
 from data_utils.loader import StepLoader
 from data_utils.order import Order
 from data_utils.record import DataRecord
-from data_utils.schema import DataError, Layout, RowError
+from data_utils.schema import Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
-from data_utils.skipped import Skipped
 from data_utils.tokenize import PairTokenizer
 from dpo import checkpoint
 from dpo.build import (
@@ -25,17 +24,16 @@ from dpo.build import (
     open_tokenizer,
     settle_layout,
 )
-from dpo.config import Config, DataSource
+from dpo.config import Config
 from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, build_engine, compute_dtype
-from dpo.evaluator import Evaluator
+from dpo.evaluator import Evaluator, set_of, whole_set
 from dpo.identity import making_facts
 from dpo.objective import Objective
 from dpo.plan import make_plan
 from dpo.policy import Pretrained, Sizes
 from dpo.reference import NoReference, Reference
 from dpo.runlog import RunLog
-from dpo.scores import set_names
 from dpo.signals import StopRequest
 from dpo.steps import FILLER_ID, AgreedStep, agree
 from dpo.stored import StoredReference, open_store
@@ -148,22 +146,11 @@ class Parts:
     def _evaluator(self, shards: ShardSet) -> Evaluator:
         """The whole held-out set as one window, so that it is balanced over ranks and packed at its best."""
         loader = self._loader(shards, Order(shards.parts, len(shards), self.config.train.seed, shuffle=False))
-        (step,) = self._agreed(loader, 0, 1)
-        skipped = Skipped()
-        skipped.add(step.skipped)
-        whole = Skipped.together(self.world.gather_objects(skipped))
-        whole.judge(loader.order.pairs_per_epoch, self.config.data.max_bad_fraction)
-        if not step.num_pairs:
-            raise DataError("data.eval: none of its rows can be used; see data.on_bad_row")
-        names = _set_names(self.config)
-        return Evaluator(
-            step.micro_batches,
-            self.objective,
-            self.engine,
-            self.reference,
-            self.world,
-            lambda index: names[shards.source_of(index)],
-        )
+        steps = self._agreed(loader, 0, 1)
+        most = self.config.data.max_bad_fraction
+        batches = whole_set(steps, loader.order.pairs_per_epoch, self.world, most)
+        sets = set_of(self.config, shards)
+        return Evaluator(batches, self.objective, self.engine, self.reference, self.world, sets)
 
     def steps(self, first: int, last: int) -> Iterator[AgreedStep]:
         """Steps first, ..., last - 1 of training, agreed on by all ranks, with all that the reference needs."""
@@ -172,9 +159,3 @@ class Parts:
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
         steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
         return map(self.reference.complete, steps)
-
-
-def _set_names(config: Config) -> list[str]:
-    """The names of the evaluation sets, by number of the entry in data.eval."""
-    entries = [DataSource(entry) if isinstance(entry, str) else entry for entry in config.data.eval]
-    return set_names([entry.path for entry in entries], [entry.name for entry in entries])

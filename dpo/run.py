@@ -12,7 +12,7 @@ from data_utils.schema import PairBatch
 from dpo.clock import Clock
 from dpo.config import Config
 from dpo.engine import StepResult
-from dpo.export import export
+from dpo.final import export
 from dpo.gates import require_step0, step0_gap
 from dpo.journal import Journal
 from dpo.loss import PairLogps

@@ -74,7 +74,7 @@ def tool_session(config: Config, work: Work) -> int:
 
 def _join(config: Config) -> tuple[World, StopRequest] | None:
     """Join the ranks and listen for signals; None where that was refused, with its line."""
-    _quiet()
+    quiet()
     from dpo.world import World
 
     try:
@@ -139,7 +139,7 @@ def _end(reason: str, rank: int) -> None:
     print(f"{prefix}error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep libraries' chatter out of the terminal; warnings go to the rank's log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LABELS = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
 
@@ -77,6 +78,15 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def metrics(self, title: str, values: Mapping[str, float]) -> None:
+        """Names and numbers, one per line."""
+        table = Table(title=Text(title), title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name, value in values.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        self.console.print(table)
 
     def before_after(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         """The held-out set before and after training."""

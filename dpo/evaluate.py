@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dpo.signals import StopRequest
     from dpo.world import World
 
-DESCRIPTION = """Score preference pairs with a model: how likely it finds chosen and rejected, and which of them it prefers.
+DESCRIPTION = """Score preference pairs with a model: how likely it finds chosen and rejected, and which it prefers.
 
 - M is a model of transformers (a folder or a hub name), or the folder of a peft adapter.
 - An adapter is held against its base model, a model against --reference; that gives rewards, their accuracy and margin,

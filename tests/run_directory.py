@@ -99,7 +99,7 @@ def _scores(num_pairs: int, moved: float) -> Scores:
     tokens = generator.integers(3, 300, (3, num_pairs))
     reference = -1.5 * tokens[1:] * generator.uniform(0.8, 1.2, (2, num_pairs))
     gaps = moved * generator.normal([[-2.0], [-12.0]], 8.0, (2, num_pairs))
-    rewards = 0.1 * gaps
+    chosen_reward, rejected_reward = 0.1 * gaps
     return Scores(
         index=np.arange(num_pairs),
         set_name=np.full(num_pairs, "eval"),
@@ -113,5 +113,7 @@ def _scores(num_pairs: int, moved: float) -> Scores:
         policy_rejected=reference[1] + gaps[1],
         reference_chosen=reference[0],
         reference_rejected=reference[1],
-        loss=np.log1p(np.exp(rewards[1] - rewards[0])),
+        chosen_reward=chosen_reward,
+        rejected_reward=rejected_reward,
+        loss=np.log1p(np.exp(rejected_reward - chosen_reward)),
     )

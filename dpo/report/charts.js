@@ -65,6 +65,13 @@ function logTicks(low, high) {
   return found.filter((_, place) => place % every === 0);
 }
 
+/** Every chart; the page draws them when it is built, later ones and new widths draw themselves. */
+const everyChart = [];
+function keep(chart) {
+  everyChart.push(chart);
+  new ResizeObserver(() => chart.draw()).observe(chart.figure);
+}
+
 const MARGIN = { left: 46, right: 10, top: 8, bottom: 22 };
 const HEIGHT = 190;
 
@@ -87,7 +94,7 @@ class LineChart {
     this.steps = [...new Set(spec.series.flatMap((one) => one.x))].sort((a, b) => a - b);
     this.figure.addEventListener("keydown", (event) => this.key(event));
     this.figure.addEventListener("blur", () => group.show(null));
-    new ResizeObserver(() => this.draw()).observe(this.figure);
+    keep(this);
   }
 
   extent() {
@@ -234,7 +241,7 @@ class Histogram {
   constructor(spec) {
     this.spec = spec;
     this.figure = h("figure", {});
-    new ResizeObserver(() => this.draw()).observe(this.figure);
+    keep(this);
   }
 
   draw() {

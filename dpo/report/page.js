@@ -361,3 +361,4 @@ function build() {
 }
 
 document.getElementById("page").replaceChildren(...build().flat(Infinity).filter(Boolean));
+for (const chart of everyChart) chart.draw();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ def _margin(row: Row) -> float:
 
 
 def _change(row: Row) -> float:
-    """How far training has moved the log-probs of both responses, in nats."""
+    """How far training has moved the log-probs of both responses, in nats; NaN where nothing tells what they were."""
     start = row["before"] or {f"logps/{name}": row[f"reference_logps/{name}"] for name in ("chosen", "rejected")}
+    if None in start.values():
+        return math.nan
     moves = [row["after"][f"logps/{name}"] - start[f"logps/{name}"] for name in ("chosen", "rejected")]
     return sum(map(abs, moves))
 
@@ -31,7 +34,7 @@ def _surprise(row: Row) -> float:
 
 RANKS: dict[str, Callable[[Row], float]] = {
     "wrong": lambda row: -_margin(row),
-    "changed": _change,
+    "changed": lambda row: -1.0 if math.isnan(change := _change(row)) else change,
     "surprising": _surprise,
 }
 

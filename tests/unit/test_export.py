@@ -1,4 +1,4 @@
-"""`python -m dpo.export` and `python -m dpo.evaluate` over small trained runs, and what plain libraries make of them."""
+"""`python -m dpo.export` and `python -m dpo.evaluate` over small trained runs, and what plain libraries say to it."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ here. The names are those that deepspeed 0.19.8 reads (`runtime/config.py`, `run
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -90,6 +91,12 @@ ZERO_KEYS = (
 )
 """Keys of `zero_optimization`."""
 
+_ONLY_STAGE3_KEYS = frozenset(
+    "offload_param zero_hpz_partition_size zero_quantized_gradients zero_quantized_nontrainable_weights "
+    "zero_quantized_weights".split()
+)
+"""Keys that stages 1 and 2 would ignore, beside those with the prefix `stage3_`."""
+
 _OWN_CHECKPOINTS = "the trainer writes checkpoints of its own, for any number of ranks: drop it"
 
 _REFUSED_ZERO_KEYS = {
@@ -122,12 +129,18 @@ def read_ds_json(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing or malformed (file:line), or a key is unknown, removed, or the config's.
     """
-    raw = _load(path)
-    for key in raw:
-        _check_top_level(path, key)
-    _check_zero(path, raw.get("zero_optimization"))
-    _check_values(path, raw, "")
+    raw = load_ds_json(path)
+    for problem in problems(raw):
+        raise ConfigError(f"{path}: {problem}")
     return raw
+
+
+def problems(raw: dict[str, Any]) -> Iterator[str]:
+    """All that is wrong with the content of a DeepSpeed JSON, each in one line: what, and what to do."""
+    for key in raw:
+        yield from _top_level(key)
+    yield from _zero(raw.get("zero_optimization"))
+    yield from _values(raw, "")
 
 
 def complete_ds_json(
@@ -155,7 +168,8 @@ def complete_ds_json(
     }
 
 
-def _load(path: str) -> dict[str, Any]:
+def load_ds_json(path: str) -> dict[str, Any]:
+    """The object in a file, whatever its keys. Raises ConfigError (file:line) where there is none."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             raw = json.load(file, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
@@ -180,57 +194,67 @@ def _without_duplicates(path: str, pairs: list[tuple[str, Any]]) -> dict[str, An
     return mapping
 
 
-def _check_top_level(path: str, key: str) -> None:
+def _top_level(key: str) -> Iterator[str]:
     if key in ALLOWED_KEYS:
         return
     if key in _FROM_CONFIG:
-        raise ConfigError(f"{path}: {key!r} belongs to the config, not to the DeepSpeed JSON: {_FROM_CONFIG[key]}")
-    if key in _REMOVED_KEYS:
-        raise ConfigError(f"{path}: {key!r} was removed from DeepSpeed: drop it")
-    if key in _UNSUPPORTED_KEYS:
-        raise ConfigError(f"{path}: {key!r} is a DeepSpeed feature that this trainer does not use: drop it")
-    raise _unknown(path, key, KNOWN_KEYS, "")
+        yield f"{key!r} belongs to the config, not to the DeepSpeed JSON: {_FROM_CONFIG[key]}"
+    elif key in _REMOVED_KEYS:
+        yield f"{key!r} was removed from DeepSpeed: drop it"
+    elif key in _UNSUPPORTED_KEYS:
+        yield f"{key!r} is a DeepSpeed feature that this trainer does not use: drop it"
+    else:
+        yield _unknown(key, KNOWN_KEYS, "")
 
 
-def _check_zero(path: str, zero: Any) -> None:
+def _zero(zero: Any) -> Iterator[str]:
     if not isinstance(zero, dict):
-        raise ConfigError(f'{path}: zero_optimization is missing: add "zero_optimization": {{"stage": 2}}')
+        yield 'zero_optimization is missing: add "zero_optimization": {"stage": 2}'
+        return
     for key in zero:
         if key in _REFUSED_ZERO_KEYS:
-            raise ConfigError(f"{path}: zero_optimization.{key}: {_REFUSED_ZERO_KEYS[key]}")
-        if key not in ZERO_KEYS:
-            raise _unknown(path, key, ZERO_KEYS, "zero_optimization.")
+            yield f"zero_optimization.{key}: {_REFUSED_ZERO_KEYS[key]}"
+        elif key not in ZERO_KEYS:
+            yield _unknown(key, ZERO_KEYS, "zero_optimization.")
     stage = zero.get("stage")
     if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage must be 1, 2 or 3, not {json.dumps(stage)}")
-    if "offload_param" in zero and stage != 3:
-        raise ConfigError(f"{path}: zero_optimization.offload_param needs stage 3, not {stage}")
+        yield f"zero_optimization.stage must be 1, 2 or 3, not {json.dumps(stage)}"
+    elif stage != 3:
+        ignored = [key for key in zero if key in _ONLY_STAGE3_KEYS or key.startswith("stage3_")]
+        for key in ignored:
+            yield f"zero_optimization.{key} needs stage 3, not {stage}"
     for name, known in OFFLOAD_KEYS.items():
-        _check_offload(path, f"zero_optimization.{name}", zero.get(name), known)
+        yield from _offload(f"zero_optimization.{name}", zero.get(name), known)
 
 
-def _check_offload(path: str, name: str, offload: Any, known: frozenset[str]) -> None:
+def _offload(name: str, offload: Any, known: frozenset[str]) -> Iterator[str]:
     if offload is None:
         return
     if not isinstance(offload, dict):
-        raise ConfigError(f'{path}: {name} must be an object such as {{"device": "cpu"}}')
+        yield f'{name} must be an object such as {{"device": "cpu"}}'
+        return
     for key in offload:
         if key not in known:
-            raise _unknown(path, key, known, f"{name}.")
-    if offload.get("device") == "nvme":
-        raise ConfigError(f'{path}: {name}.device: checkpoints cannot be read from "nvme": use "cpu"')
+            yield _unknown(key, known, f"{name}.")
+    device = offload.get("device")
+    if device not in ("none", "cpu", "nvme"):
+        yield f'{name}.device must be "cpu", "nvme" or "none", not {json.dumps(device)}'
+    if device == "nvme" and name.endswith("offload_optimizer"):
+        yield f'{name}.device: checkpoints cannot be read from "nvme": use "cpu"'
+    if device == "nvme" and not isinstance(offload.get("nvme_path"), str):
+        yield f'{name}.nvme_path is missing: name a folder on the local disk, such as "/local_nvme"'
 
 
-def _check_values(path: str, value: Any, name: str) -> None:
+def _values(value: Any, name: str) -> Iterator[str]:
     """Refuse "auto", which is the Hugging Face Trainer's and no value of DeepSpeed's."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            _check_values(path, entry, f"{name}.{key}" if name else key)
+            yield from _values(entry, f"{name}.{key}" if name else key)
     elif value == "auto":
-        raise ConfigError(f'{path}: {name} is "auto", which only the Hugging Face Trainer fills in: drop the key')
+        yield f'{name} is "auto", which only the Hugging Face Trainer fills in: drop the key'
 
 
-def _unknown(path: str, key: str, known: frozenset[str], prefix: str) -> ConfigError:
+def _unknown(key: str, known: frozenset[str], prefix: str) -> str:
     near = get_close_matches(key, sorted(known), n=1)
     remedy = f"did you mean {prefix + near[0]!r}?" if near else f"deepspeed {DEEPSPEED_VERSION} knows no such key"
-    return ConfigError(f"{path}: unknown key {prefix + key!r}: {remedy}")
+    return f"unknown key {prefix + key!r}: {remedy}"

@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         )
         self.stage: int = self.settings["zero_optimization"]["stage"]
         self.max_grad_norm = build.config.optim.max_grad_norm
-        with self._partitioned_load():
+        with self._partitioned_load(self.settings):
             policy = trained_policy(build.source, build.config, build.layout, build.dtype, keep_dtype=True)
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.engine: Any
@@ -84,11 +84,13 @@ class DeepSpeedEngine:
 
     def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
         """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
-        with self._partitioned_load():
+        # Plain stage 3, whatever the policy has: a second model with hpZ makes DeepSpeed fail.
+        zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
+        settings = self.settings | {"zero_optimization": zero}
+        with self._partitioned_load(settings):
             model: Any = frozen_policy(source, self.policy.layout, self.dtype, compiled=self.compiles)
         if self.stage == 3:
-            zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
-            model, *_ = deepspeed.initialize(model=model, config=self.settings | {"zero_optimization": zero})
+            model, *_ = deepspeed.initialize(model=model, config=settings)
         else:
             model.to("cpu" if offload else self.world.device)
         return make_scorer(model, self.world.device if offload and self.stage != 3 else None)
@@ -171,11 +173,11 @@ class DeepSpeedEngine:
         return weights | {name: buffers[name].detach().cpu() for name in persistent} if self.world.is_main else {}
 
     @contextlib.contextmanager
-    def _partitioned_load(self) -> Iterator[None]:
+    def _partitioned_load(self, settings: dict[str, Any]) -> Iterator[None]:
         """Under stage 3 transformers loads each weight straight into its partition (zero.Init), on all ranks."""
-        settings = HfDeepSpeedConfig(self.settings) if self.stage == 3 else None
+        active = HfDeepSpeedConfig(settings) if self.stage == 3 else None
         yield
-        if settings is not None:
+        if active is not None:
             unset_hf_deepspeed_config()
 
     def _gathered(self, parameters: Iterable[nn.Parameter]) -> Any:

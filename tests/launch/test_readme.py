@@ -1,4 +1,4 @@
-"""Every command that README.md shows in a bash block is one that works.
+"""Every command that README.md and launch/README.md show in a bash block is one that works.
 
 Launchers are run with DRY_RUN=1, and the training command they print, like one that README.md shows itself, is handed
 to train_dpo.py with --print-config: unknown flags, missing recipes and wrong values fail here. Modules are asked for
@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+SHOWN = [README, ROOT / "launch/README.md"]
 # What a test cannot run here, and where it is covered.
 COVERED = {
     "git": "CI starts from a clone",
@@ -68,7 +69,7 @@ def test_readme_shows_the_two_commands() -> None:
     assert "tests/run.sh" in shown
 
 
-@pytest.mark.parametrize("command", commands(README.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("command", [line for path in SHOWN for line in commands(path.read_text(encoding="utf-8"))])
 def test_a_command_of_the_readme_works(command: str) -> None:
     check_command(command)
 

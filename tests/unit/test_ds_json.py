@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,10 @@ def test_shipped_files_are_accepted(path: Path) -> None:
 def test_readme_explains_every_shipped_key(path: Path) -> None:
     readme = (path.parent / "README.md").read_text()
     raw = json.loads(path.read_text())
-    assert [key for key in raw["zero_optimization"] if f"`{key}`" not in readme] == []
+    offloads = [value for value in raw["zero_optimization"].values() if isinstance(value, dict)]
+    keys = {key for group in (raw, raw["zero_optimization"], raw.get("aio", {}), *offloads) for key in group}
+    assert sorted(key for key in keys if f"`{key}`" not in readme) == []
+    assert f"`{path.name}`" in readme
 
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -70,8 +75,24 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         ({"zero_optimization": True}, "zero_optimization is missing"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3, not 2"),
         (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            'offload_optimizer.device: checkpoints cannot be read from "nvme": use "cpu"',
+        ),
+        (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            'offload_param.device: checkpoints cannot be read from "nvme": use "cpu"',
+            "offload_param.nvme_path is missing: name a folder on the local disk",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            'offload_param.device must be "cpu", "nvme" or "none", not "disk"',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}},
+            "zero_optimization.stage3_max_live_parameters needs stage 3, not 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 8}},
+            "zero_optimization.zero_hpz_partition_size needs stage 3, not 1",
         ),
         ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "the trainer writes checkpoints of its own"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "takes other weights for a parameter's"),
@@ -146,3 +167,33 @@ def test_known_names_are_those_that_the_installed_deepspeed_reads() -> None:
     assert names >= ZERO_KEYS
     assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == OFFLOAD_KEYS["offload_param"]
     assert set(DeepSpeedZeroOffloadOptimizerConfig.model_fields) == OFFLOAD_KEYS["offload_optimizer"]
+
+
+def test_the_linter_lists_every_problem_of_every_file(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"zero_optimisation": {}, "fp16": {}, "zero_optimization": {"stage": 2, "offload_param": {}}}')
+    report = tmp_path / "report.json"
+    good = str(ROOT / "ds_configs/zero3.json")
+    command = [sys.executable, "-m", "launch.ds_lint", "--json", str(report), str(bad), good, str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, f"{good}: ok\n")
+    found = json.loads(report.read_text())
+    assert [len(lines) for lines in found.values()] == [4, 0, 1]
+    assert done.stderr.splitlines() == [line for lines in found.values() for line in lines]
+    assert "did you mean 'zero_optimization'?" in found[str(bad)][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_deepspeed_parses_every_shipped_file(path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    raw = read_ds_json(str(path))
+    completed = complete_ds_json(raw, dtype="bfloat16", world_size=1, max_grad_norm=1.0)
+    parsed = DeepSpeedConfig(completed)
+    assert parsed.zero_optimization_stage == raw["zero_optimization"]["stage"]
+    zero = parsed.zero_config.model_dump(mode="json")
+    for key, value in raw["zero_optimization"].items():
+        if not isinstance(value, dict):
+            assert zero[key.removeprefix("stage3_") if key not in zero else key] == value

@@ -104,17 +104,21 @@ choose_path() {
     hostfile="$ROOT/.cache/hostfiles/${nodes}x$gpus" path=no_ssh
 }
 
-# Variables reach the nodes through DS_ENV_FILE; DeepSpeed puts "..." around a value and quotes nothing inside.
-write_environment() { # file
-    local name
+# Variables reach the nodes through DS_ENV_FILE; DeepSpeed puts "..." around a value and quotes nothing inside. What the user
+# has in such a file of his own goes along.
+write_environment() { # file, the user's files
+    local name file
+    for file in "${@:2}"; do
+        if [[ -f "$file" ]]; then grep '=' "$file" || true; fi
+    done >"$1"
     for name in $(rank_variables); do
         [[ "${!name}" =~ ^[A-Za-z0-9_@%+=:,./^-]*$ ]] || die "$name=${!name@Q} cannot be passed to other nodes through ssh: use letters, digits and _@%+=:,./-"
         printf '%s=%s\n' "$name" "${!name}"
-    done >"$1"
+    done >>"$1"
 }
 
 prepare_pdsh() {
-    local name host
+    local name host users=("$HOME/.deepspeed_env" .deepspeed_env "${DS_ENV_FILE:-}")
     command -v pdsh >/dev/null || die "pdsh is not installed (Debian, Ubuntu: apt-get install pdsh); or use --nodes, --master and --node-rank"
     for name in PWD ROOT PYTHON; do
         [[ "${!name}" =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || die "$name=${!name@Q}: pdsh needs a path of letters, digits and _@+=:,./-"
@@ -125,7 +129,7 @@ prepare_pdsh() {
     DS_ENV_FILE="$(mktemp)"
     export DS_ENV_FILE
     trap 'rm -f "$DS_ENV_FILE"' EXIT
-    write_environment "$DS_ENV_FILE"
+    write_environment "$DS_ENV_FILE" "${users[@]}"
 }
 
 write_names() { # the hostfile of the path without ssh
@@ -163,6 +167,7 @@ fi
 [[ "$path" != no_ssh || -n "$node_rank" ]] || die "--nodes $nodes: say which one this is with --node-rank 0 ... $((nodes - 1))"
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then setup_environment; fi
 remove_dead_build_locks
+require_address "$MASTER_ADDR"
 find_run_dir "${flags[@]}"
 if [[ "$path" == pdsh ]]; then prepare_pdsh; fi
 if [[ "$path" == no_ssh ]]; then write_names; fi

@@ -29,6 +29,10 @@ parse_master() { # value
     MASTER_ADDR="$host" MASTER_PORT="$port"
 }
 
+require_address() { # host: torchrun would look for one that does not exist for minutes
+    getent ahosts "$1" >/dev/null || die "--master: host $1 does not resolve to an address on $(hostname)"
+}
+
 # What every rank finds in its environment; what the user has set stays. Call it with the ranks per node.
 rank_environment() { # ranks per node
     local cores threads
@@ -95,10 +99,11 @@ run_launcher() { # command
 # Call as: supervise RESTARTS RUN_FUNCTION; the function takes "preflight" or "train" and runs it on all nodes.
 supervise() { # restarts, function
     local restart since before code
-    trap request_stop TERM INT USR1
-    trap '' HUP
+    trap request_stop TERM INT USR1 HUP
+    if [[ "${PREFLIGHT:-1}" == 1 ]] && ! "$2" preflight && ((REQUESTS == 0)); then
+        die "preflight did not pass (see above); training was not started"
+    fi
     for ((restart = 0; ; restart++)); do
-        if [[ "${PREFLIGHT:-1}" == 1 && "$restart" == 0 ]]; then "$2" preflight || return; fi
         ((REQUESTS == 0)) || return 75
         since="$(run_status attempt "$RUN_DIR")" before="$(run_status progress "$RUN_DIR")"
         "$2" train && code=0 || code=$?

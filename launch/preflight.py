@@ -22,7 +22,7 @@ from launch.preflight_checks import Check, judge
 FAILED = 2
 MEETING_S = 30
 """How long ranks wait for each other."""
-COLLECTIVE_S = 60
+COLLECTIVE_S = 45
 
 
 def main(argv: list[str]) -> int:

@@ -60,5 +60,6 @@ if [[ "$DRY_RUN" == 1 ]]; then
 fi
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then setup_environment; fi
 remove_dead_build_locks
+require_address "$MASTER_ADDR"
 find_run_dir "${flags[@]}"
 supervise "$restarts" run_torchrun

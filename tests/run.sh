@@ -2,7 +2,7 @@
 # Run the tests; installs what they need on the first call.
 #
 #   tests/run.sh [arguments of pytest]       the fast tier: everything not marked slow
-#   tests/run.sh --all [arguments]           what CI runs: lint, format, types, shell scripts, then every test
+#   tests/run.sh --all [arguments]           what CI runs: lint, format, types, shell scripts, every test, the test cluster
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
@@ -22,6 +22,7 @@ check_sources() {
 if [[ "${1:-}" == --all ]]; then
     shift
     check_sources
-    exec "$PYTHON" -m pytest "$@"
+    "$PYTHON" -m pytest "$@"
+    exec tests/cluster/run.sh # says so where it cannot run
 fi
 exec "$PYTHON" -m pytest -m "not slow" "$@"

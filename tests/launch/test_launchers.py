@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,16 @@ def test_wrong_options_are_refused_in_one_line(command: str, refusal: str) -> No
     done = dry(script, *args, PATH=os.environ["PATH"])
     assert (done.returncode, done.stdout) == (2, "")
     assert refusal in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_a_master_that_does_not_exist_is_one_line_at_once(script: str) -> None:
+    options = ["--nodes", "2", "--gpus", "1", "--master", "no-such-host.invalid"]
+    options += ["--node-rank", "0"] if script == "deepspeed.sh" else []
+    done = dry(script, *options, DRY_RUN="0", VIRTUAL_ENV=sys.prefix)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --master: host no-such-host.invalid does not resolve")
     assert done.stderr.count("\n") == 1
 
 

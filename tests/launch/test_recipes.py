@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,8 @@ import pytest
 from dpo.config import parse_config
 from dpo.ds_json import read_ds_json
 from dpo.plan import make_plan
+from launch import expected as expected_command
+from launch.expected import expectations
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "launch/recipes").glob("*.yaml") if path.name != "quickstart.yaml")
@@ -62,12 +65,9 @@ def test_a_recipe_is_planned_at_its_world_size(recipe: Path) -> None:
     assert config.batch.pairs_per_step >= launch.world_size  # else ranks idle in every step
     if config.parallel.ds_config is not None:
         read_ds_json(str(ROOT / config.parallel.ds_config))
-    expected = re.findall(r"^# expect: step (\d+) (\S+) ([\d.]+) \+- ([\d.]+)$", recipe.read_text(), flags=re.MULTILINE)
-    assert len(expected) == recipe.read_text().count("# expect:")
-    for step, metric, _, _ in expected:
-        every = config.eval.every_steps if metric.startswith("eval_") else config.log.every_steps
-        assert int(step) <= plan.num_steps
-        assert every is not None and (int(step) % every == 0 or int(step) % plan.steps_per_epoch == 0)
+    for expected in expectations(recipe.read_text()):
+        every = config.eval.every_steps if expected.metric.startswith("eval_") else config.log.every_steps
+        assert every is not None and every <= expected.step <= plan.num_steps
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -94,3 +94,22 @@ def test_the_folder_has_the_ladder_from_one_cpu_to_many_nodes() -> None:
     sizes = {Launch.of(recipe).world_size for recipe in RECIPES}
     assert {1, 8, 16, 32, 64} <= sizes
     assert {Launch.of(recipe).launcher for recipe in RECIPES} == set(SCRIPTS)
+
+
+def test_a_run_is_held_against_what_its_recipe_expects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# expect: step 20 loss 0.6 +- 0.05\n# expect: step 25 eval_loss 0.5 +- 0.01\n")
+
+    def verdict(*rows: dict[str, float]) -> tuple[int, list[str]]:
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        code = expected_command.main([str(recipe), str(tmp_path)])
+        return code, [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    first, second = {"step": 20, "loss": 0.64}, {"step": 25, "eval_loss": 0.505}
+    assert verdict(first, second) == (0, ["ok", "ok"])
+    assert verdict(first) == (0, ["ok", "not"])
+    assert verdict({"step": 20, "loss": 0.66}, second) == (1, ["OFF", "ok"])
+    recipe.write_text("model: {}\n")
+    assert verdict(first) == (2, [])
+    recipe.write_text("# expect: loss 0.6\n")
+    assert verdict(first) == (2, [])

@@ -104,6 +104,20 @@ def test_values_arrive_as_they_were_typed_and_the_exit_code_comes_back(tmp_path:
     assert not list(tmp_path.rglob("hit"))
 
 
+def test_several_ranks_are_checked_before_they_train(stub: StubEnvironment) -> None:
+    launcher = [str(stub.root / "launch/local.py"), "-n", "2"]
+    assert stub.call("local.sh", "-n", "2", *NASTY).returncode == 0
+    assert stub.call("local.sh", "-n", "2", *NASTY, PREFLIGHT="0").returncode == 0
+    trains = [*launcher, str(stub.root / "train_dpo.py"), *NASTY]
+    assert stub.calls() == [[*launcher, "-m", "launch.preflight", *NASTY], trains, trains]
+
+
+def test_several_ranks_do_not_start_when_preflight_fails(tmp_path: Path) -> None:
+    stub = StubEnvironment(tmp_path, exit_code=2)
+    assert stub.call("local.sh", "-n", "2").returncode == 2
+    assert len(stub.calls()) == 1
+
+
 def test_setup_installs_torch_then_deepspeed_then_the_rest(stub: StubEnvironment) -> None:
     assert stub.call("setup.sh").returncode == 0
     torch, deepspeed, rest = stub.installs()

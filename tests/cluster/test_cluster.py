@@ -82,6 +82,7 @@ class Nodes:
     ) -> subprocess.CompletedProcess[str]:
         process = self.start(node, *command, preflight=preflight, cwd=cwd)
         out, _ = process.communicate(timeout=DEADLINE_S)
+        self.started.remove(process)
         return subprocess.CompletedProcess(command, process.returncode, out, "")
 
     def status(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""For all tests: no deadline per example of a property test. On a busy machine it fails, and says nothing on the code."""
+"""For all tests: no deadline per example of a property test: on a busy machine it fails, whatever the code."""
 
 from hypothesis import settings
 

@@ -75,22 +75,34 @@ signal_ranks() { # signal name: to all ranks of this job that we can reach
     fi
 }
 
-REQUESTS=0
+REQUESTS=0 INTERRUPTS=0 LAUNCHER='' REPEATER=''
 # Launchers turn a signal into a kill of some ranks. The ranks themselves agree, save at the end of the step and exit 75.
-request_stop() {
+request_stop() { # [INT]
     REQUESTS=$((REQUESTS + 1))
-    if ((REQUESTS == 1)); then signal_ranks USR1; else signal_ranks KILL; fi
+    if [[ "${1:-}" == INT ]]; then INTERRUPTS=$((INTERRUPTS + 1)); fi
+    if ((INTERRUPTS > 1)); then # a second Ctrl-C ends everything at once
+        signal_ranks KILL
+        if [[ -n "$LAUNCHER" ]]; then kill -KILL -- "-$LAUNCHER" 2>/dev/null || true; fi
+    elif ((REQUESTS == 1)); then # again and again: ranks that are only starting do not hear it, the others do not mind
+        while :; do
+            signal_ranks USR1
+            sleep 2
+        done &
+        REPEATER=$!
+    fi
 }
 
 # Runs a launcher in a session of its own (Ctrl-C reaches it through us only); returns its exit code.
 run_launcher() { # command
-    local child code=0
+    local code=0
     setsid "$@" &
-    child=$!
+    LAUNCHER=$!
     while :; do # wait returns early at every trapped signal
-        wait "$child" && code=0 || code=$?
-        kill -0 "$child" 2>/dev/null || break
+        wait "$LAUNCHER" && code=0 || code=$?
+        kill -0 "$LAUNCHER" 2>/dev/null || break
     done
+    LAUNCHER=''
+    if [[ -n "$REPEATER" ]]; then kill "$REPEATER" 2>/dev/null || true; fi
     signal_ranks KILL # what a launcher that died has left behind
     return "$code"
 }
@@ -99,13 +111,14 @@ run_launcher() { # command
 # Call as: supervise RESTARTS RUN_FUNCTION; the function takes "preflight" or "train" and runs it on all nodes.
 supervise() { # restarts, function
     local restart since before code
-    trap request_stop TERM INT USR1 HUP
+    trap request_stop TERM USR1 HUP
+    trap 'request_stop INT' INT
     if [[ "${PREFLIGHT:-1}" == 1 ]] && ! "$2" preflight && ((REQUESTS == 0)); then
         die "preflight did not pass (see above); training was not started"
     fi
     for ((restart = 0; ; restart++)); do
-        ((REQUESTS == 0)) || return 75
         since="$(run_status attempt "$RUN_DIR")" before="$(run_status progress "$RUN_DIR")"
+        ((REQUESTS == 0)) || return 75
         "$2" train && code=0 || code=$?
         run_status end "$RUN_DIR" --since "$since" --code "$code" --requests "$REQUESTS" && code=0 || code=$?
         ((code == 1 || code == 4)) || return "$code" # 0 done, 2 and 3 would come again, 75 is the user's wish

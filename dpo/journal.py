@@ -16,7 +16,7 @@ from dpo.checkpoint import TrainerState
 from dpo.clock import Clock
 from dpo.engine import StepResult
 from dpo.loss import PairLogps
-from dpo.metrics import Tally, Throughput, means, peak_flops
+from dpo.metrics import Tally, Throughput, means, memory_use, peak_flops
 from dpo.parts import Parts
 from dpo.plan import learning_rate
 from dpo.scores import Scores, drift_warning, evaluation_metrics
@@ -77,10 +77,12 @@ class Journal:
             {
                 "model": f"{config.model.path} ({count(num_all)} parameters, {dtype})",
                 "trains": f"{count(num_trained)} ({num_trained / num_all:.2%}), {parts.trained}",
+                "loss": f"{' + '.join(config.loss.type)}, beta {config.loss.beta:g}",
                 "reference": self._where_reference(),
                 "engine": f"{plan.engine} on {plan.world_size} x {self._world.device.type}",
                 "layout": f"{parts.layout} ({parts.why_layout})",
-                "pairs": f"{plan.pairs_per_epoch} for training",
+                "memory": memory_use(self._world),
+                "pairs": f"{plan.pairs_per_epoch} for training{self._held_out()}",
                 "steps": f"{plan.num_steps} of {config.batch.pairs_per_step} pairs"
                 + (f", from {first}" if first else ""),
                 "run": str(self._log.directory),
@@ -88,6 +90,10 @@ class Journal:
         )
         for note in parts.notes:
             parts.terminal.say(note)
+
+    def _held_out(self) -> str:
+        held_out = self._parts.held_out
+        return "" if held_out is None else f", {len(held_out)} held out"
 
     def _where_reference(self) -> str:
         if not self._parts.config.loss.needs_reference:

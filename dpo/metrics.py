@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import time
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,16 @@ def peak_memory_gib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_use(world: World) -> str:
+    """What this rank has used so far, of what its device has."""
+    used = peak_memory_gib(world)
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+        return f"{used:.1f} of {total:.1f} GiB of each GPU, before the first step"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{used:.1f} of {total:.1f} GiB by each rank, before the first step"
 
 
 def model_flops(sizes: Sizes, tokens: float, scored_tokens: float) -> float:

@@ -148,7 +148,8 @@ class Run:
         self.log.status("finished", steps, 0)
         if after:
             self.terminal.before_after(totals.eval_before, after)
-        self.terminal.say(f"{steps} steps, {totals.pairs_seen} pairs in {duration(seconds)}; model in {final}")
+        self.terminal.say(f"{steps} steps, {totals.pairs_seen} pairs in {duration(seconds)}")
+        self.terminal.say(f"model      {final}")
         if self.world.is_main:
             self._report()
 
@@ -156,7 +157,7 @@ class Run:
         """Write report.html; the run is finished by now, whatever becomes of its page."""
         shards = Shards(self.config, self.parts.shards, self.parts.held_out)
         try:
-            self.terminal.say(f"report: {write_report(self.log.directory, shards)}")
+            self.terminal.say(f"report     {write_report(self.log.directory, shards)}")
         except Exception as error:
             logger.exception("report.html")
             remedy = f"see logs/, and python -m dpo.report {self.log.directory}"

@@ -1,6 +1,7 @@
 """What a person sees: a first screen, progress, a last table. Only rank 0 prints.
 
-On a terminal a live bar; in a batch job's log one line per logged step.
+On a terminal a live bar; in a batch job's log or on a dumb terminal one line per logged step. All but paths fits 80
+columns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ class Terminal:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
+    @property
+    def _is_live(self) -> bool:
+        """Whether lines can be drawn over: no file, no batch job's log, no TERM=dumb."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
+
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False)
@@ -36,7 +42,7 @@ class Terminal:
 
     def start(self, step: int, num_steps: int) -> None:
         """Begin to show progress."""
-        if not self.console.is_terminal:
+        if not self._is_live:
             return
         columns = (
             TextColumn("step"),
@@ -65,7 +71,7 @@ class Terminal:
             else math.inf
         )
         note = (
-            f"loss {row['loss']:.4f} margin {row['rewards/margins']:.2f} accuracy {row['rewards/accuracies']:.2f}"
+            f"loss {row['loss']:.4f} margin {row['rewards/margins']:.2f} acc {row['rewards/accuracies']:.2f}"
             f" {row['pairs_per_second']:.3g} pairs/s"
         )
         if self._progress is not None and self._task is not None:

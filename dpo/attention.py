@@ -217,7 +217,7 @@ def _in_one_call(
 def _flash(query: Tensor, key: Tensor, value: Tensor, spread: Spread, scale: float, window: int | None) -> Tensor:
     """The fastest flash attention that there is."""
     lengths = (spread.query_offsets, spread.key_offsets, spread.longest_query, spread.longest_key)
-    return flash.attend(query, key, value, lengths, scale, (-1 if window is None else window - 1, 0))
+    return flash.best()(query, key, value, lengths, scale, (-1 if window is None else window - 1, 0))
 
 
 def _fits_flash(query: Tensor, value: Tensor) -> bool:

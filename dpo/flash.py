@@ -26,18 +26,6 @@ scale, (keys to the left, keys to the right)) -> (Tq, heads, D), causal and alig
 keys."""
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: tuple[Tensor, Tensor, int, int],
-    scale: float,
-    window: tuple[int, int],
-) -> Tensor:
-    """By the first implementation that is there and was not dropped; see `Attend`."""
-    return _FOUND.all()[0][1](query, key, value, lengths, scale, window)
-
-
 class _Implementations:
     """Names and functions, found when they are first needed."""
 
@@ -54,8 +42,13 @@ _FOUND = _Implementations()
 
 
 def name() -> str:
-    """What `attend` calls."""
+    """The first implementation that is there and was not dropped."""
     return _FOUND.all()[0][0]
+
+
+def best() -> Attend:
+    """Its function."""
+    return _FOUND.all()[0][1]
 
 
 def drop_first(why: str) -> bool:

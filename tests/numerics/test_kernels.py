@@ -127,7 +127,7 @@ def test_installed_packages_come_first_and_are_asked_for_the_same(
     assert flash.name() == "flash_attn_interface"
     offsets = torch.tensor([0, 3], dtype=torch.int32)
     query = torch.ones(3, 4, 8)
-    assert flash.attend(query, query, query, (offsets, offsets, 3, 3), 0.5, (7, 0)) is query
+    assert flash.best()(query, query, query, (offsets, offsets, 3, 3), 0.5, (7, 0)) is query
     assert calls[0] | {"cu_seqlens_q": 0, "cu_seqlens_k": 0} == {
         **{"cu_seqlens_q": 0, "cu_seqlens_k": 0, "max_seqlen_q": 3, "max_seqlen_k": 3},
         **{"softmax_scale": 0.5, "causal": True, "window_size": (7, 0)},

@@ -1,36 +1,36 @@
-"""Checkpoints: a directory appears under its final name only when it is complete, and is verified before it is read.
+"""Checkpoints of all ranks: a directory appears under its final name only when it is complete, and is verified before
+it is read. No pickles.
 
 checkpoints/step-00000100/
-    manifest.json        size and SHA-256 of every other file
-    trainer.json         step, cursor, engine, what is trained, data fingerprint, running metrics
-    rng-00000.safetensors  random state of each rank
-    training*            trained weights and optimizer state in fp32, as the engine writes them:
-        training.safetensors             single: whole tensors
-        training-RRRRR-PPP.safetensors   deepspeed: each rank's slices of them (`dpo.slices`), the same for every stage
-        training/                        fsdp2: torch.distributed.checkpoint's files, of which `.metadata` is a pickle
+    manifest.json                    who wrote it, and size and SHA-256 of every other file (`dpo.shelf`)
+    trainer.json                     `TrainerState`
+    rng-RRRRR.safetensors            random state of each rank
+    training-RRRRR-PPP.safetensors   each rank's slices of trained weights and optimizer state (`dpo.slices`)
 
-A checkpoint of fsdp2 or deepspeed can be resumed with any number of ranks; the data go on with the next pair.
+It can be resumed with any number of ranks; the data go on with the next pair.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dpo.engine import CheckpointError, Engine
+from dpo.durable import Sealed, write_json, write_tensors
+from dpo.engine import Engine
+from dpo.refusals import CheckpointError, DiskError
 from dpo.runlog import without_nan
+from dpo.shelf import Shelf
+from dpo.slices import SliceReader, on_host, write_slices
 from dpo.world import World
-
-_NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,28 @@ class TrainerState:
 
     Attributes:
         step: optimizer steps taken.
+        attempt: which process of the run wrote it.
         cursor: indices of the global order consumed.
         engine, world_size: who wrote it.
         trained, dtype: "lora" or "full"; dtype of compute.
-        data: fingerprint of the training shards.
+        config: the whole config, section by section.
+        data, tokenizer, chat_template: fingerprints of the training shards and of what makes token ids.
         sums, num_pairs: metrics since the last log, over all ranks (JSON has no NaN: None).
         pairs_seen, rows_skipped (by cause), steps_skipped, seconds: totals since the start of the run.
         eval_before: the evaluation before training.
     """
 
     step: int
+    attempt: int
     cursor: int
     engine: str
     world_size: int
     trained: str
     dtype: str
+    config: Mapping[str, Mapping[str, Any]]
     data: str
+    tokenizer: str
+    chat_template: str
     sums: Mapping[str, float | None]
     num_pairs: int
     pairs_seen: int
@@ -63,70 +69,140 @@ class TrainerState:
     seconds: float
     eval_before: dict[str, float] = field(default_factory=dict)
 
-
-def save(root: Path, state: TrainerState, engine: Engine, world: World, keep: int) -> Path:
-    """Write a checkpoint of all ranks and drop all but the newest `keep`; returns its directory."""
-    final = root / f"step-{state.step:08d}"
-    aside = root / f".{final.name}.part"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    world.barrier()
-    engine.save(aside)
-    save_file(_random_state(world), aside / f"rng-{world.rank:05d}.safetensors")
-    world.barrier()
-    if world.is_main:
-        (aside / "trainer.json").write_text(json.dumps(without_nan(asdict(state)), indent=1, allow_nan=False))
-        _seal(aside)
-        _commit(aside, final)
-        _retire(root, final, keep)
-    world.barrier()
-    return final
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of who wrote it."""
+        config = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        names = ("step", "attempt", "engine", "world_size", "data")
+        return {name: getattr(self, name) for name in names} | {"config": config}
 
 
-def _retire(root: Path, newest: Path, keep: int) -> None:
-    """Keep `newest` and the `keep` - 1 before it. Those with more steps are damaged, or of a course that the run has
-    left (`checkpoint.resume=PATH`): set aside, for the next resume must not take them for the newest."""
-    others = [path for path in _listed(root) if path != newest]
-    for later in (path for path in others if path.name > newest.name):
-        aside = root / f"left-{later.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(later, aside)
-    earlier = [path for path in others if path.name < newest.name]
-    for old in earlier[: max(0, len(earlier) - keep + 1)]:
-        shutil.rmtree(old)
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    state: TrainerState
+    aside: Path
+    files: Future[dict[str, Sealed]]
 
 
-def _commit(aside: Path, final: Path) -> None:
-    """Rename into place; an older checkpoint of the same step goes only when the new one is there."""
-    older = final.with_name(f".{final.name}.older")
-    shutil.rmtree(older, ignore_errors=True)
-    if final.exists():
-        os.replace(final, older)
-    os.replace(aside, final)
-    _sync(final.parent)
-    shutil.rmtree(older, ignore_errors=True)
+class CheckpointWriter:
+    """Writes checkpoints, one at a time, while training waits or goes on.
+
+    Attributes:
+        num_bytes: of one checkpoint, over all ranks.
+
+    Args:
+        during_write: called by every rank's writing thread between its files.
+    """
+
+    def __init__(
+        self, shelf: Shelf, engine: Engine, world: World, keep: int, during_write: Callable[[Path], None] | None = None
+    ) -> None:
+        self._shelf, self._engine, self._world, self._keep = shelf, engine, world, keep
+        self._during_write = during_write
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        mine = sum(tensor.nbytes for piece in engine.slices() for tensor in piece.tensors.values())
+        self.num_bytes = sum(number for (number,) in world.exchange([mine if engine.is_writer else 0]))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank has written its part of a checkpoint that is not settled yet."""
+        return self._pending is not None and self._pending.files.done()
+
+    def begin(self, state: TrainerState, background: bool) -> None:
+        """Write a checkpoint, or with `background` copy what goes into it to the host and let a thread write it.
+        Every rank calls it; one that is still being written is settled first.
+
+        Raises:
+            CheckpointError: on every rank; see `settle`.
+        """
+        self.settle()
+        aside = self._on_main(lambda: self._shelf.prepare(state.step, self.num_bytes))
+        slices, step = (self._engine.slices() if self._engine.is_writer else iter(())), self._engine.num_updates
+        if background:
+            slices, step = iter(on_host(slices)), step.to("cpu", copy=True)
+        random, rank = _random_state(self._world), self._world.rank
+
+        def write() -> dict[str, Sealed]:
+            name = f"rng-{rank:05d}.safetensors"
+            files = {name: write_tensors(aside / name, random, {})}
+            if self._during_write is not None:
+                self._during_write(aside)
+            return files | write_slices(aside, rank, slices, step)
+
+        self._pending = _Pending(state, aside, self._thread.submit(write))
+        if not background:
+            self.settle()
+
+    def settle(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if any, and commit it; its directory. Every rank calls it.
+
+        Raises:
+            DiskError: on every rank, when any could not write; older checkpoints are as they were.
+            CheckpointError: on every rank, when weights or optimizer state are not finite.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        everyones = self._world.gather_objects(_outcome(pending.files.result))
+        problem = next((error for _, error in everyones if error is not None), None)
+        if problem is not None:
+            if self._world.is_main:
+                shutil.rmtree(pending.aside, ignore_errors=True)
+            raise _raised(problem)
+        files = {name: sealed for share, _ in everyones for name, sealed in share.items()}
+        return self._on_main(lambda: self._commit(pending, files))
+
+    def _commit(self, pending: _Pending, files: dict[str, Sealed]) -> Path:
+        state = without_nan(asdict(pending.state))
+        files["trainer.json"] = write_json(pending.aside / "trainer.json", state)
+        return self._shelf.commit(pending.aside, pending.state.facts, dict(sorted(files.items())), self._keep)
+
+    def _on_main(self, action: Callable[[], Path]) -> Path:
+        """What rank 0's action returns, on every rank; if it fails, all do."""
+        found, problem = self._world.gather_objects(_outcome(action) if self._world.is_main else None)[0]
+        if problem is not None:
+            raise _raised(problem)
+        return found
 
 
-def find(root: Path, resume: str, world: World) -> tuple[Path, TrainerState] | None:
+def _outcome(action: Callable[[], Any]) -> tuple[Any, tuple[str, bool] | None]:
+    """What an action returns; or its error's message and whether it is the disk's."""
+    try:
+        return action(), None
+    except OSError as error:
+        return None, (f"{error.filename or 'checkpoint'}: {error.strerror or error}", True)
+    except CheckpointError as error:
+        return None, (str(error), isinstance(error, DiskError))
+
+
+def _raised(problem: tuple[str, bool]) -> CheckpointError:
+    message, is_disk = problem
+    return (DiskError if is_disk else CheckpointError)(message)
+
+
+def find(shelf: Shelf, resume: str, world: World) -> tuple[Path, TrainerState] | None:
     """The checkpoint that `checkpoint.resume` means, verified; None where there is none to resume.
 
-    `auto` falls back from a damaged one to the newest sound one and says so once; a path must be sound.
+    `auto` falls back from a damaged one to the newest sound one; a path must be sound.
 
     Raises:
-        CheckpointError: the named checkpoint is damaged, or all there are.
+        CheckpointError: on every rank, when the named checkpoint is damaged, or all there are; or it is not trusted.
     """
-    found: tuple[str, str] | None = None
-    problem: str | None = None
-    if world.is_main:
-        try:
-            path = _newest_sound(root) if resume == "auto" else _verified(Path(resume))
-            found = None if path is None else (str(path), (path / "trainer.json").read_text())
-        except (CheckpointError, OSError, ValueError) as error:  # the other ranks wait for what is found here
-            problem = str(error)
-    found, problem = world.gather_objects((found, problem))[0]
+
+    def look() -> tuple[str, str] | None:
+        if resume == "auto":
+            path = shelf.newest_sound()
+        else:
+            path = Path(resume).resolve()
+            shelf.verify(path)
+        return None if path is None else (str(path), (path / "trainer.json").read_text(errors="replace"))
+
+    found, problem = world.gather_objects(_outcome(look) if world.is_main else None)[0]
     if problem is not None:
-        raise CheckpointError(problem)
+        raise CheckpointError(problem[0])
     if found is None:
         return None
     try:
@@ -137,26 +213,11 @@ def find(root: Path, resume: str, world: World) -> tuple[Path, TrainerState] | N
 
 def restore(path: Path, engine: Engine, world: World) -> None:
     """Load weights, optimizer state and this rank's random state from a verified checkpoint."""
-    engine.load(path)
-    rng = path / f"rng-{world.rank:05d}.safetensors"
-    if rng.is_file():  # a rank that the run did not have before has no random state to go on from
-        _set_random_state(load_file(rng), world)
-
-
-def check_compatible(path: Path, state: TrainerState, engine: str, trained: str, dtype: str) -> None:
-    """Refuse a checkpoint that another engine wrote, in another precision, or for other trainable weights.
-
-    Raises:
-        CheckpointError: it cannot be resumed with these settings.
-    """
-    if state.engine != engine:
-        raise CheckpointError(
-            f"{path}: written by engine {state.engine}, not {engine}: set --parallel.engine {state.engine}"
-        )
-    if state.trained != trained:
-        raise CheckpointError(f"{path}: holds {state.trained} training, not {trained}: keep lora.r as it was")
-    if state.dtype != dtype:
-        raise CheckpointError(f"{path}: trained in {state.dtype}, not {dtype}: set --model.dtype {state.dtype}")
+    names = json.loads((path / "manifest.json").read_text())["files"]
+    engine.load(SliceReader(path, names))
+    rng = f"rng-{world.rank:05d}.safetensors"
+    if rng in names:  # a rank that the run did not have before has no random state to go on from
+        _set_random_state(load_file(path / rng), world)
 
 
 def _random_state(world: World) -> dict[str, torch.Tensor]:
@@ -168,82 +229,3 @@ def _set_random_state(state: dict[str, torch.Tensor], world: World) -> None:
     torch.set_rng_state(state["cpu"])
     if world.device.type == "cuda" and "cuda" in state:  # a checkpoint written on CPU has none
         torch.cuda.set_rng_state(state["cuda"], world.device)
-
-
-def _files(directory: Path) -> list[Path]:
-    """What the manifest speaks of: every file but itself and hidden ones (a network file system leaves such)."""
-    files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".nfs"))
-    return sorted(path for path in files if path != directory / "manifest.json")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(directory: Path) -> None:
-    """Write the manifest and force everything to disk."""
-    entries = {}
-    for path in _files(directory):
-        entries[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        _sync(path)
-    manifest = directory / "manifest.json"
-    manifest.write_text(json.dumps(entries, indent=1))
-    _sync(manifest)
-    for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def any_in(root: Path) -> bool:
-    """Whether there is a checkpoint, sound or not."""
-    return bool(_listed(root))
-
-
-def _listed(root: Path) -> list[Path]:
-    """Checkpoint directories by step; never a link or a foreign file."""
-    if not root.is_dir():
-        return []
-    return sorted(
-        path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-    )
-
-
-def _newest_sound(root: Path) -> Path | None:
-    problems = []
-    for path in reversed(_listed(root)):
-        try:
-            sound = _verified(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        if problems:
-            print(f"warning: {'; '.join(problems)}; resuming from {sound.name}", flush=True)
-        return sound
-    if problems:
-        raise CheckpointError(
-            f"{'; '.join(problems)}; no sound checkpoint is left: give another --run.dir to start over"
-        )
-    return None
-
-
-def _verified(path: Path) -> Path:
-    """The path, when its files are those of the manifest, with their sizes and hashes."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no readable manifest.json, so it is not a complete checkpoint") from error
-    present = {str(file.relative_to(path)) for file in _files(path)}
-    for name in sorted(present | sums.keys() | {"trainer.json"}):
-        file = path / name
-        if name not in present or (file.stat().st_size, _digest(file)) != sums.get(name):
-            raise CheckpointError(f"{file}: missing or damaged")
-    return path

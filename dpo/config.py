@@ -7,6 +7,7 @@ transformers, and tyro and PyYAML only when they are needed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict
 from typing import Any, NoReturn, get_type_hints
 
@@ -73,6 +74,7 @@ _SAME_TRAJECTORY = (
     "export.",
     "parallel.",
     "train.stop_after_steps",
+    "train.max_bad_steps",
     "train.gradient_checkpointing",
     "train.recompute",
     "train.activation_offload",
@@ -160,23 +162,21 @@ def load_record(path: str) -> dict[str, Any]:
     return document
 
 
-def changed_keys(saved: dict[str, Any], current: Config) -> list[tuple[str, Any, Any]]:
+def changed_keys(saved: Mapping[str, Any], current: Config) -> list[tuple[str, Any, Any]]:
     """Keys whose values differ and would change the trajectory of training, as (key, saved value, current value).
 
     Args:
         saved: document of the run directory's config.yaml (`load_record`), or `to_dict` of a config. A key that it
             lacks counts as the default.
-        current: the config of this command. Keys of its `checkpoint.allow_changes` are left out.
+        current: the config of this command.
     """
-    old = to_dict(build(yaml_values(saved, "the run directory's config.yaml")))
+    old = to_dict(build(yaml_values(dict(saved), "the run directory's config.yaml")))
     new = to_dict(current)
     return [
         (key, old[section][name], new[section][name])
         for key in known_keys()
         for section, name in [key.split(".")]
-        if old[section][name] != new[section][name]
-        and not key.startswith(_SAME_TRAJECTORY)
-        and key not in current.checkpoint.allow_changes
+        if old[section][name] != new[section][name] and not key.startswith(_SAME_TRAJECTORY)
     ]
 
 

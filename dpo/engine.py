@@ -7,13 +7,11 @@ step whose gradient norm is not finite changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_utils.schema import Layout, PairBatch
@@ -22,6 +20,7 @@ from dpo.layers import require_compiler
 from dpo.logps import HeadStatistic
 from dpo.plan import Plan
 from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
+from dpo.slices import Slice, SliceReader
 from dpo.world import World
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -34,10 +33,6 @@ class StepResult:
 
     grad_norm: Tensor
     skipped: Tensor
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message is one line."""
 
 
 class Engine(Protocol):
@@ -63,15 +58,26 @@ class Engine(Protocol):
         """A second, frozen model, held like the policy; the scorer returns (S,) log-probs without grad."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write trainable weights and optimizer state; every rank calls it, all into one directory."""
+    def slices(self) -> Iterator[Slice]:
+        """This rank's slices of the trained weights and of AdamW's moments (keys weight, exp_avg, exp_avg_sq), fp32
+        and alive: writing into them changes the optimizer's state."""
         ...
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote.
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank's slices go into a checkpoint; those of all writers cover each parameter exactly once."""
+        ...
+
+    @property
+    def num_updates(self) -> Tensor:
+        """() AdamW's count of the steps it has taken, the same for all parameters."""
+        ...
+
+    def load(self, reader: SliceReader) -> None:
+        """Fill weights and optimizer state from a checkpoint, whatever ranks and engine wrote it.
 
         Raises:
-            CheckpointError: the engine finds it unusable.
+            CheckpointError: it is of other parameters.
         """
         ...
 
@@ -220,13 +226,36 @@ class TorchEngine:
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights and optimizer state under flat names, to be saved or loaded in place."""
-        tensors: dict[str, Tensor] = {}
+    def slices(self) -> Iterator[Slice]:
+        """See `Engine`."""
         for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        return tensors
+            moments = self.optimizer.state[parameter]
+            held = {"weight": parameter.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+            tensors = {key: self._local(tensor).view(-1) for key, tensor in held.items()}
+            if tensors["weight"].numel():
+                yield Slice(name, tuple(parameter.shape), self._first_element(parameter), tensors)
+
+    @property
+    def is_writer(self) -> bool:
+        """See `Engine`."""
+        return True
+
+    @property
+    def num_updates(self) -> Tensor:
+        """See `Engine`."""
+        return self.optimizer.state[next(iter(self.parameters.values()))]["step"]
+
+    def load(self, reader: SliceReader) -> None:
+        """See `Engine`."""
+        reader.require({name: parameter.shape for name, parameter in self.parameters.items()})
+        for piece in self.slices():
+            reader.read(piece)
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter]["step"].copy_(reader.step)
+
+    def _first_element(self, parameter: Tensor) -> int:
+        """Where this rank's part of a parameter begins in it, flattened."""
+        return 0
 
 
 class SingleEngine(TorchEngine):
@@ -277,16 +306,9 @@ class SingleEngine(TorchEngine):
         model.to("cpu" if offload else self.device)
         return make_scorer(model, self.device if offload else None)
 
-    def save(self, directory: Path) -> None:
-        """See `Engine`: one safetensors file."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_tensors().items()}
-        save_file(tensors, directory / "training.safetensors")
-
-    def load(self, directory: Path) -> None:
+    def load(self, reader: SliceReader) -> None:
         """See `Engine`."""
-        loaded = load_file(directory / "training.safetensors")
-        for name, tensor in self.state_tensors().items():
-            tensor.copy_(loaded[name])
+        super().load(reader)
         self._refresh()
 
     def export_weights(self) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,7 +20,7 @@ from dpo.ds_json import complete_ds_json
 from dpo.engine import Build, Scorer, StepResult, fresh_moments, make_optimizer, make_scorer
 from dpo.logps import HeadStatistic
 from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
-from dpo.slices import Slice, SliceReader, write_slices
+from dpo.slices import Slice, SliceReader
 
 
 def _join(build: Build) -> None:
@@ -95,17 +94,22 @@ class DeepSpeedEngine:
             model.to("cpu" if offload else self.world.device)
         return make_scorer(model, self.world.device if offload and self.stage != 3 else None)
 
-    def save(self, directory: Path) -> None:
-        """See `Engine`: each rank writes its slices of the fp32 weights and moments (`dpo.slices`)."""
-        write_slices(directory, self.world.rank, self._slices(), self._moments(self._partitions()[0])["step"])
+    @property
+    def is_writer(self) -> bool:
+        """See `Engine`."""
+        return True
 
-    def load(self, directory: Path) -> None:
-        """See `Engine`. The checkpoint may come from another number of ranks and another ZeRO stage."""
-        reader = SliceReader(directory)
+    @property
+    def num_updates(self) -> Tensor:
+        """See `Engine`."""
+        return self._moments(self._partitions()[0])["step"]
+
+    def load(self, reader: SliceReader) -> None:
+        """See `Engine`."""
         reader.require({name: full_shape(parameter) for name, parameter in self.trained.items()})
         if self.stage == 3:
             self.zero.checkpoint_event_prologue()  # drop weights that are gathered: they are older
-        for piece in self._slices():
+        for piece in self.slices():
             reader.read(piece)
         for partition in self._partitions():
             self._moments(partition)["step"].copy_(reader.step)
@@ -120,8 +124,8 @@ class DeepSpeedEngine:
     def _moments(self, partition: Tensor) -> dict[str, Tensor]:
         return self.zero.optimizer.state[partition]
 
-    def _slices(self) -> Iterator[Slice]:
-        """The slice of each trained parameter that this rank updates, where it has one."""
+    def slices(self) -> Iterator[Slice]:
+        """See `Engine`: the slice of each trained parameter that this rank updates, where it has one."""
         for name, parameter in self.trained.items():
             place = self._place(parameter)
             if place is None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,9 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dpo.engine import Build, CheckpointError, Scorer, TorchEngine, make_scorer
+from dpo.engine import Build, Scorer, TorchEngine, make_scorer
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
+from dpo.slices import SliceReader
 from dpo.world import World
 
 
@@ -102,17 +102,21 @@ class FSDP2Engine(TorchEngine):
         fill(model, full, self.world.device, offload=offload)
         return make_scorer(model)
 
-    def save(self, directory: Path) -> None:
-        """See `Engine`: a distributed checkpoint, of which each rank writes its shards."""
-        dcp.save(self.state_tensors(), checkpoint_id=directory / "training", process_group=self.world.side_group)
+    @property
+    def is_writer(self) -> bool:
+        """See `Engine`: the first replica."""
+        names = self.mesh.mesh_dim_names
+        return names is None or "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
 
-    def load(self, directory: Path) -> None:
+    def _first_element(self, parameter: Tensor) -> int:
+        assert isinstance(parameter, DTensor)
+        _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        assert not any(offsets[1:]), "shards are rows"
+        return offsets[0] * math.prod(parameter.shape[1:]) if offsets else 0
+
+    def load(self, reader: SliceReader) -> None:
         """See `Engine`."""
-        path = directory / "training"
-        try:
-            dcp.load(self.state_tensors(), checkpoint_id=path, process_group=self.world.side_group)
-        except CheckpointException as error:  # not an Exception, so nobody else would catch it
-            raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+        super().load(reader)
         # The root keeps its gathered weights after a forward without backward; they are older than what was loaded.
         assert isinstance(self.policy, FSDPModule)
         self.policy.reshard()

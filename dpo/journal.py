@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data_utils.schema import PairBatch
@@ -17,12 +16,13 @@ from dpo.clock import Clock
 from dpo.engine import StepResult
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, means, memory_use, peak_flops
+from dpo.numbers import BadSteps
 from dpo.parts import Parts
-from dpo.plan import learning_rate
 from dpo.scores import Scores, drift_warning, evaluation_metrics
 from dpo.steps import AgreedStep
 from dpo.stored import StoredReference
 from dpo.terminal import count
+from dpo.watchdog import Watchdog
 
 
 @dataclass
@@ -44,13 +44,13 @@ class Journal:
         totals: since the start of the run; its steps_skipped as of the last log, its rows_skipped without this process.
     """
 
-    def __init__(self, parts: Parts, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, parts: Parts, clock: Clock, watchdog: Watchdog) -> None:
+        self.clock, self._watchdog = clock, watchdog
         self._parts, self._world, self._log, self._plan = parts, parts.world, parts.log, parts.plan
         self._tally = Tally(self._world)
         self._throughput = Throughput(self._world, parts.sizes, peak_flops(self._world.device, parts.dtype))
         self.totals = Totals()
-        self._steps_skipped = torch.zeros((), device=self._world.device)
+        self.bad_steps = BadSteps(self._world.device, parts.config.train.max_bad_steps)
         self._skipped = Skipped()  # by this rank, in this process
         self._num_skipped = 0  # by all ranks
         self._unread: set[str] = set()
@@ -63,7 +63,7 @@ class Journal:
         """Go on with the sums and totals of a checkpoint."""
         if self._world.is_main:
             self._tally.add_sums(state.sums, state.num_pairs)
-        self._steps_skipped += state.steps_skipped
+        self.bad_steps.total = state.steps_skipped
         self.totals = Totals(
             state.pairs_seen, Counter(state.rows_skipped), state.steps_skipped, state.seconds, dict(state.eval_before)
         )
@@ -145,7 +145,7 @@ class Journal:
         self.totals.pairs_seen += step.num_pairs
         self._throughput.waited_s += step.waited_s
         self.clock.move("waiting for data", step.waited_s)
-        self._steps_skipped += result.skipped
+        self.bad_steps.note(result.skipped)
         if self._parts.config.log.ledger:
             self._write_ledger(step, bool(result.skipped))
         self._parts.terminal.advance(step.number + 1)
@@ -158,27 +158,29 @@ class Journal:
         pairs = [self._parts.shards.where(index) for index in sorted(everyones, key=place.__getitem__)]
         self._log.ledger(step.number + 1, pairs, skipped)
 
-    def write(self, done: int, result: StepResult) -> None:
-        """Metrics since the last call: one reduction over ranks, one device-to-host copy."""
+    def write(self, done: int, result: StepResult, rate: float) -> None:
+        """Metrics since the last call; one reduction over ranks. `rate`: the step's learning rate."""
         config, reference = self._parts.config, self._parts.reference
         forwards = reference.num_forwards - self._logged_forwards
         self._logged_forwards = reference.num_forwards
-        sums, num_pairs, extras = self._tally.reduce([*self._throughput.extras(), forwards])
-        *extras, reference_forwards = extras
-        grad_norm, skipped = torch.stack([result.grad_norm, self._steps_skipped]).tolist()
-        rate = learning_rate(done - 1, self._plan, config.optim)
+        seen, counted = self._watchdog.extras(), self._throughput.extras()
+        sums, num_pairs, extras = self._tally.reduce([forwards, *seen, *counted])
+        reference_forwards, seen, extras = extras[0], extras[1 : 1 + len(seen)], extras[1 + len(seen) :]
+        skipped = self.bad_steps.read()
         row = {"step": done, "epoch": done / self._plan.steps_per_epoch}
         metrics = means(sums, num_pairs)
-        row |= {"loss": metrics.pop("loss"), "grad_norm": grad_norm, "learning_rate": rate, **metrics}
+        row |= {"loss": metrics.pop("loss"), "grad_norm": result.grad_norm.item(), "learning_rate": rate, **metrics}
         row |= {"pairs_seen": self.totals.pairs_seen, **self._throughput.metrics(extras, num_pairs)}
-        row |= {"skipped_steps": round(skipped), **self._skipped_rows()}
+        row |= {"skipped_steps": skipped, **self._skipped_rows()}
         row |= {"reference_forwards": round(reference_forwards)}
         self._log.metrics(row)
         self._log.status("running", done)
         self._parts.terminal.log(row, self._plan.num_steps, config.batch.pairs_per_step)
+        if line := self._watchdog.straggler(seen):
+            self._parts.terminal.say(line)
         if skipped > self.totals.steps_skipped:
-            self._parts.terminal.say(f"warning: gradient norm was not finite; {round(skipped)} steps skipped so far")
-        self.totals.steps_skipped = round(skipped)
+            self._parts.terminal.say(f"warning: gradient norm was not finite; {skipped} steps skipped so far")
+        self.totals.steps_skipped = skipped
         self._tally.clear()
         self._throughput.clear()
 
@@ -217,7 +219,7 @@ class Journal:
             "num_pairs": num_pairs,
             "pairs_seen": self.totals.pairs_seen,
             "rows_skipped": dict(self.totals.rows_skipped + self._everyones_skipped().causes),
-            "steps_skipped": round(self._steps_skipped.item()),
+            "steps_skipped": self.bad_steps.read(),
             "seconds": self.seconds,
             "eval_before": self.totals.eval_before,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import transformers
@@ -14,7 +15,6 @@ from data_utils.schema import Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
-from dpo import checkpoint
 from dpo.build import (
     choose_layout,
     max_length,
@@ -24,16 +24,19 @@ from dpo.build import (
     open_tokenizer,
     settle_layout,
 )
+from dpo.checkpoint import CheckpointWriter
 from dpo.config import Config
 from dpo.ds_json import read_ds_json
 from dpo.engine import Build, Engine, build_engine, compute_dtype
 from dpo.evaluator import Evaluator, set_of, whole_set
+from dpo.faults import Faults
 from dpo.identity import making_facts
 from dpo.objective import Objective
 from dpo.plan import make_plan
 from dpo.policy import Pretrained, Sizes
 from dpo.reference import NoReference, Reference
 from dpo.runlog import RunLog
+from dpo.shelf import Shelf
 from dpo.signals import StopRequest
 from dpo.steps import FILLER_ID, AgreedStep, agree
 from dpo.stored import StoredReference, open_store
@@ -45,8 +48,9 @@ class Parts:
     """The parts of a run, built in the order in which they can refuse; nothing here changes as it trains.
 
     Attributes:
-        checkpoints: where they are.
         held_out: the pairs of data.eval.
+        shelf: the folder of checkpoints, for rank 0 to use.
+        making: what token ids depend on.
         record: what the run directory remembers of the data.
         notes: lines for people about the data.
         layout, why_layout: of the batches, and why.
@@ -57,11 +61,11 @@ class Parts:
 
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest, terminal: Terminal) -> None:
         self.config, self.world, self.log, self.stop, self.terminal = config, world, log, stop, terminal
-        self.checkpoints = log.directory / "checkpoints"
+        self.shelf = Shelf(log.directory / "checkpoints", config.checkpoint.trust)
         self.trained = "lora" if config.lora.r else "full"
         transformers.utils.logging.disable_progress_bar()
         self.scratch = world.together(lambda: Scratch(str(log.directory.resolve())))
-        may_change = "data.train" in config.checkpoint.allow_changes or not checkpoint.any_in(self.checkpoints)
+        may_change = "data.train" in config.checkpoint.allow_changes or not self.shelf.listed()
         self.record = DataRecord(log.directory / "data", forget=may_change)
         self.shards, self.notes = open_shards(config.data.train, config, world, self.scratch, self.record)
         self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
@@ -71,6 +75,7 @@ class Parts:
         reference_source = open_reference(config, self.source)
         ds_json = None if config.parallel.ds_config is None else read_ds_json(config.parallel.ds_config)
         self.tokenizer = open_tokenizer(config)
+        self.making = making_facts(self.tokenizer, max_length(config, self.source))
         self._probe_tokenizer()
         self.layout: Layout
         self.layout, self.why_layout = choose_layout(config, self.source, reference_source)
@@ -82,6 +87,9 @@ class Parts:
         self.engine: Engine = build_engine(build)
         if why := settle_layout(config, self.source, self.engine, self.dtype, world):
             self.layout, self.why_layout = self.engine.policy.layout, why
+        self.faults = Faults.of(os.environ, world.rank)
+        in_save = None if self.faults is None else self.faults.in_save
+        self.writer = CheckpointWriter(self.shelf, self.engine, world, config.checkpoint.keep, in_save)
         self.sizes = Sizes.of(self.engine.policy)
         self.reference = self._reference(reference_source)
         self.loader = self._loader(self.shards, self.order, config.data.num_workers)
@@ -99,6 +107,8 @@ class Parts:
         self.log.open(self.world)
         self.log.status("running", 0)
         self.world.together(self.record.open)
+        if self.world.is_main:
+            self.shelf.clear_parts()
 
     def _reference(self, source: Pretrained) -> Reference:
         config = self.config
@@ -107,8 +117,7 @@ class Parts:
         scorer = open_scorer(config, source, self.engine)
         if config.reference.mode != "stored":
             return Reference(scorer())
-        making = making_facts(self.tokenizer, max_length(config, self.source))
-        opened = open_store(config, source, making, self.dtype, self.world, self.terminal.say)
+        opened = open_store(config, source, self.making, self.dtype, self.world, self.terminal.say)
         return StoredReference(
             scorer,
             opened,
@@ -157,5 +166,6 @@ class Parts:
         return self._agreed(self.loader, first, last)
 
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
-        steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, self.reference.look_up)
+        look_up, has_written = self.reference.look_up, lambda: self.writer.is_done
+        steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, look_up, has_written)
         return map(self.reference.complete, steps)

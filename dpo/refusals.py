@@ -1,4 +1,4 @@
-"""How the config refuses: one line that says which key, what is wrong, and what to set."""
+"""How config and checkpoints refuse: one line that says which key or file, what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from difflib import get_close_matches
 
 class ConfigError(ValueError):
     """The config cannot be used; the message is one line: which key, what is wrong, what to set."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or used; the message is one line."""
+
+
+class DiskError(CheckpointError):
+    """A checkpoint could not be written, and nothing is wrong with what should be in it."""
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

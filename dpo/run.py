@@ -4,11 +4,14 @@ tells, `dpo.saving` saves and resumes."""
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator
 
 from torch import Tensor
 
 from data_utils.schema import PairBatch
+from dpo.beat import Beat
 from dpo.clock import Clock
 from dpo.config import Config
 from dpo.engine import StepResult
@@ -25,6 +28,7 @@ from dpo.saving import Saver
 from dpo.signals import StopRequest
 from dpo.steps import AgreedStep
 from dpo.terminal import Terminal, duration
+from dpo.watchdog import Watchdog
 from dpo.world import World
 
 logger = logging.getLogger("dpo")
@@ -42,12 +46,16 @@ class Run:
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest) -> None:
         self.config, self.world, self.log, self.stop = config, world, log, stop
         self.terminal = Terminal(world.is_main)
+        timeout_s = config.parallel.timeout_s
+        self.watchdog = Watchdog(world, socket.gethostname(), timeout_s, log.stacks, log.fail_from_watchdog)
         self.clock = Clock("start")
         self.parts = parts = Parts(config, world, log, stop, self.terminal)
         self.engine, self.reference, self.objective = parts.engine, parts.reference, parts.objective
         self.plan, self.order, self.loader = parts.plan, parts.order, parts.loader
-        self.journal = Journal(parts, self.clock)
+        self.beat = Beat(os.environ, world.rank, log.directory)
+        self.journal = Journal(parts, self.clock, self.watchdog)
         self.saver = Saver(parts, self.journal)
+        self._rate = 0.0
 
     # ---- starting
 
@@ -71,11 +79,14 @@ class Run:
             self._check_step0()
             self.journal.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}
         self.journal.start(first)
-        done = first
+        self.watchdog.step = done = first
+        self.beat.step(first)
         try:
             for step in self.parts.steps(first, self.plan.num_steps):
+                if step.is_written:
+                    self.saver.settle()
                 self.journal.watch_data(step, first)
-                yield step
+                yield step if self.parts.faults is None else self.parts.faults.before(step)
                 done = step.number + 1
         except ValueError:
             if done > first:
@@ -95,8 +106,15 @@ class Run:
     # ---- steps
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return learning_rate(step, self.plan, self.config.optim)
+        """The learning rate of a step; its schedule stands still for a step that was skipped.
+
+        Raises:
+            ConfigError: on every rank, when too many steps in a row were skipped.
+        """
+        bad_steps = self.journal.bad_steps
+        bad_steps.require(step)
+        self._rate = learning_rate(step - bad_steps.total, self.plan, self.config.optim)
+        return self._rate
 
     def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
         """Note a micro-batch."""
@@ -106,14 +124,16 @@ class Run:
         """Note a step; log, evaluate and save when it is time."""
         done = step.number + 1
         is_last = done == self.plan.num_steps
+        self.watchdog.step = done
+        self.beat.step(done)
         self.stop.count_step()
         self.journal.count_step(step, result)
         if done % self.config.log.every_steps == 0 or is_last:
-            self.journal.write(done, result)
+            self.journal.write(done, result, self._rate)
         if _due(done, self.config.eval.every_steps) and not is_last:
             self.evaluate(done)
         if _due(done, self.config.checkpoint.every_steps) and not is_last:
-            self.saver.save(done)
+            self.saver.save(done, is_periodic=True)
 
     def evaluate(self, done: int) -> dict[str, float]:
         """Evaluate the held-out set, where there is one, and log it."""
@@ -138,6 +158,8 @@ class Run:
         """Evaluate, export, and say how it went."""
         steps, seconds, totals = self.plan.num_steps, self.journal.seconds, self.journal.totals
         self.terminal.stop()
+        self.journal.bad_steps.require(self.plan.num_steps)
+        self.saver.settle()
         after = self.evaluate(steps)
         parts = self.parts
         directory = self.log.directory / "final"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import os
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,8 +18,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
+<<<<<<< HEAD
 from dpo.files import read_object, read_rows, write_atomically
 from dpo.scores import PAIRS_FILE, Scores, pair_rows
+=======
+from dpo.differences import refuse
+from dpo.scores import PAIRS_FILE, Scores, pair_rows, read_pairs
+>>>>>>> 97b16f7 (Checkpoints without pickles, in one format for all engines, written in the background on request; skipped steps counted exactly; a watchdog for ranks that hang)
 from dpo.world import World
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -43,7 +50,7 @@ class RunLog:
         self._rank = world.rank
         self._config = config
         self._trackers: list[Any] = []
-        self._handler: logging.Handler | None = None
+        self._handler: logging.FileHandler | None = None
         self._lock: IO[str] | None = None
         self.attempt = int(self.read_status().get("attempt", 0)) + 1
         self.is_open = False
@@ -63,13 +70,8 @@ class RunLog:
         if not saved.is_file():
             return
         differences = changed_keys(load_record(str(saved)), self._config)
-        if differences:
-            listed = ", ".join(f"{key}: {old} there, {new} now" for key, old, new in differences)
-            keys = " ".join(key for key, _, _ in differences)
-            raise ConfigError(
-                f"run.dir={self.directory} holds a run of another config ({listed}):"
-                f" give another --run.dir, or --checkpoint.allow_changes {keys}"
-            )
+        allowed = self._config.checkpoint.allow_changes
+        refuse(differences, allowed, f"run.dir={self.directory} holds a run", self.is_main)
 
     def lock(self) -> None:
         """Create the directory and keep every other trainer out of it for the life of this process.
@@ -134,6 +136,13 @@ class RunLog:
         lines = (json.dumps(row, allow_nan=False) + "\n" for row in pair_rows(scores, where, step, before))
         write_atomically(path, lines)
 
+    def changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Append to changes.jsonl what `checkpoint.allow_changes` let differ from a checkpoint of `step`."""
+        if self.is_main and changes:
+            with (self.directory / "changes.jsonl").open("a") as file:
+                for change in changes:
+                    file.write(json.dumps({"attempt": self.attempt, "step": step, **change}, default=str) + "\n")
+
     def ledger(self, step: int, pairs: Sequence[str], skipped: bool) -> None:
         """Append the pairs of a step to ledger.jsonl; `skipped`: their gradient was not finite and changed nothing."""
         if self.is_main:
@@ -153,6 +162,18 @@ class RunLog:
         if self.is_main:
             text = json.dumps(without_nan(summary), indent=1, allow_nan=False)
             write_atomically(self.directory / "summary.json", text + "\n")
+
+    def stacks(self) -> IO[Any]:
+        """The file of this rank's log, or before it is open the standard error."""
+        return self._handler.stream if self._handler is not None and self._handler.stream else sys.stderr
+
+    def fail_from_watchdog(self, reason: str) -> None:
+        """The run ends here with exit code 4, whatever the main thread is in the middle of."""
+        if self.is_open:
+            with contextlib.suppress(OSError):
+                self.status("failed", self.step, 4, reason)
+        prefix = f"[rank {self._rank}] " if self._rank else ""
+        print(f"{prefix}error: {reason}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush the trackers and end the rank's log."""

@@ -236,6 +236,8 @@ class ParallelSection:
     """DeepSpeed JSON with ZeRO settings only, such as ds_configs/zero2.json."""
     shard_size: int | None = None
     """Ranks that share one sharded copy of the weights under fsdp2: 1: every rank holds all; none: all ranks."""
+    timeout_s: int = 1800
+    """End the run when a rank has not moved for so many seconds; the longest that a rank waits for others."""
 
     def __post_init__(self) -> None:
         if self.engine == "deepspeed":
@@ -247,6 +249,7 @@ class ParallelSection:
             unchanged(self, "parallel", ("ds_config",), f"parallel.engine={self.engine}", "--parallel.engine deepspeed")
         if self.engine not in ("auto", "fsdp2"):
             unchanged(self, "parallel", ("shard_size",), f"parallel.engine={self.engine}", "--parallel.engine fsdp2")
+        at_least("parallel.timeout_s", self.timeout_s, 1)
         if self.shard_size is not None:
             at_least("parallel.shard_size", self.shard_size, 1)
 
@@ -295,6 +298,8 @@ class TrainSection:
     """End training after this many steps at the latest; the learning rate decays over them."""
     stop_after_steps: int | None = None
     """Stop this process after so many steps with a checkpoint and exit code 75, to be resumed."""
+    max_bad_steps: int = 5
+    """Stop when so many steps in a row had a gradient that is not finite; such steps change nothing."""
     seed: int = 42
     """Seed of data order, adapter initialization and dropout."""
     gradient_checkpointing: bool = False
@@ -322,6 +327,7 @@ class TrainSection:
             at_least("train.max_steps", self.max_steps, 1)
         if self.stop_after_steps is not None:
             at_least("train.stop_after_steps", self.stop_after_steps, 1)
+        at_least("train.max_bad_steps", self.max_bad_steps, 1)
         require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), not {self.seed}")
 
 
@@ -332,7 +338,13 @@ class CheckpointSection:
     every_steps: int | None = None
     """Save every so many steps; none: only when the run is stopped on request or by its data."""
     keep: int = 2
-    """Checkpoints to keep, newest first."""
+    """Sound checkpoints to keep, newest first."""
+    asynchronous: bool = False
+    """Let a thread write what every_steps asks for, while training goes on: takes memory for one copy of the state."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When the disk does not take a checkpoint of every_steps: stop with exit code 3, or train on with a warning."""
+    trust: bool = False
+    """Also resume from checkpoints of another user, and from those that others may write to."""
     resume: str = "auto"
     """auto: go on from run.dir's newest sound checkpoint; never: refuse where there is one; or a checkpoint's path."""
     allow_changes: tuple[str, ...] = ()
@@ -341,6 +353,9 @@ class CheckpointSection:
     def __post_init__(self) -> None:
         if self.every_steps is not None:
             at_least("checkpoint.every_steps", self.every_steps, 1)
+        else:
+            remedy = "--checkpoint.every_steps 100"
+            unchanged(self, "checkpoint", ("asynchronous", "on_error"), "no checkpoint.every_steps", remedy)
         at_least("checkpoint.keep", self.keep, 1)
         require(self.resume != "", "checkpoint.resume is empty: set auto, never or the path of a checkpoint")
 

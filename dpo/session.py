@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from data_utils.schema import DataError
 from dpo.config import Config, ConfigError
+from dpo.refusals import CheckpointError
 from dpo.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def _join(config: Config) -> tuple[World, StopRequest] | None:
     from dpo.world import World
 
     try:
-        world = World.start(config.parallel.device, sharded=config.parallel.engine in ("fsdp2", "deepspeed"))
+        sharded = config.parallel.engine in ("fsdp2", "deepspeed")
+        world = World.start(config.parallel.device, sharded, config.parallel.timeout_s)
     except ConfigError as error:
         _end(str(error), 0)
         return None
@@ -95,7 +97,6 @@ def _leave(world: World, code: int) -> None:
 
 def _outcome(action: Callable[[], int]) -> tuple[int, str]:
     """The exit code of an action, and why it failed."""
-    from dpo.engine import CheckpointError
     from dpo.world import lost_a_peer
 
     try:

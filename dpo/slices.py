@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo.engine import CheckpointError
+from dpo.durable import Sealed, write_tensors
+from dpo.refusals import CheckpointError
 
 PART_BYTES = 2**30
 """A part is copied to the host as a whole, so this (or one slice, if larger) is what a save needs there."""
@@ -44,12 +44,31 @@ class Slice:
 
 def write_slices(
     directory: Path, rank: int, slices: Iterable[Slice], step: Tensor, part_bytes: int = PART_BYTES
-) -> None:
-    """Write this rank's slices. Over all ranks they must cover each parameter exactly once."""
+) -> dict[str, Sealed]:
+    """Write this rank's slices; returns the files. Over all ranks they must cover each parameter exactly once.
+
+    Raises:
+        CheckpointError: a number is not finite.
+        OSError: they cannot be written.
+    """
+    files = {}
     for number, part in enumerate(_parts(slices, part_bytes)):
         places = {piece.name: json.dumps({"shape": piece.shape, "start": piece.start}) for piece in part}
         tensors = {f"{key}.{piece.name}": tensor.cpu() for piece in part for key, tensor in piece.tensors.items()}
-        save_file({"step": step.cpu(), **tensors}, directory / f"training-{rank:05d}-{number:03d}.safetensors", places)
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{key} holds numbers that are not finite: no checkpoint is written")
+        name = f"training-{rank:05d}-{number:03d}.safetensors"
+        files[name] = write_tensors(directory / name, {"step": step.cpu(), **tensors}, places)
+    return files
+
+
+def on_host(slices: Iterable[Slice]) -> list[Slice]:
+    """Copies in the host's memory, which training does not change."""
+    return [
+        replace(piece, tensors={key: tensor.to("cpu", copy=True) for key, tensor in piece.tensors.items()})
+        for piece in slices
+    ]
 
 
 def _parts(slices: Iterable[Slice], part_bytes: int) -> Iterator[list[Slice]]:
@@ -82,16 +101,16 @@ class SliceReader:
 
     step: Tensor
 
-    def __init__(self, directory: Path) -> None:
-        """Read the headers.
+    def __init__(self, directory: Path, names: Iterable[str]) -> None:
+        """Read the headers of those of the named files that hold slices; no other file is opened.
 
         Raises:
-            CheckpointError: there are no such files.
+            CheckpointError: there are none.
         """
         self._directory = directory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, list[_Stored]] = {}
-        for file in sorted(directory.glob("training-*.safetensors")):
+        for file in (directory / name for name in sorted(names) if name.startswith("training-")):
             with safe_open(file, framework="pt") as opened:
                 self.step = opened.get_tensor("step")
                 for name, text in opened.metadata().items():

@@ -29,6 +29,7 @@ class AgreedStep:
         stop: some rank was asked to stop: save, and do not take this step.
         waited_s: seconds this rank waited for its data.
         num_reference_forwards: forwards of the reference that all ranks have to make before the step.
+        is_written: every rank has written its part of the checkpoint that was begun in the background.
     """
 
     number: int
@@ -40,6 +41,7 @@ class AgreedStep:
     stop: bool
     waited_s: float
     num_reference_forwards: int = 0
+    is_written: bool = False
 
     @property
     def pair_weight(self) -> float:
@@ -48,12 +50,18 @@ class AgreedStep:
 
 
 def agree(
-    steps: Iterator[Step], world: World, stop: StopRequest, layout: Layout, look_up: Callable[[Step], int] | None = None
+    steps: Iterator[Step],
+    world: World,
+    stop: StopRequest,
+    layout: Layout,
+    look_up: Callable[[Step], int] | None = None,
+    has_written: Callable[[], bool] = lambda: False,
 ) -> Iterator[AgreedStep]:
     """Bring this rank's steps into line with all others': one small exchange over the CPU per step.
 
     Args:
         look_up: how many forwards of the reference this rank needs before a step.
+        has_written: whether this rank has written its part of a checkpoint.
 
     Raises:
         ValueError: on every rank, when any rank could not read its data.
@@ -62,8 +70,9 @@ def agree(
         step, error, waited_s = _next(steps)
         state = [0, 0, 0] if step is None else [step.num_pairs, len(step.micro_batches), len(step.skipped)]
         forwards = look_up(step) if look_up is not None and step is not None else 0
-        rows = world.exchange([*state, int(stop.is_requested), int(error is not None), forwards])
-        pairs, micro_steps, skipped, stops, failed, reference_forwards = zip(*rows, strict=True)
+        flags = [int(stop.is_requested), int(error is not None), int(has_written())]
+        rows = world.exchange([*state, forwards, *flags])
+        pairs, micro_steps, skipped, reference_forwards, stops, failed, written = zip(*rows, strict=True)
         if any(failed):
             world.raise_together(error)
         if step is None:
@@ -79,6 +88,7 @@ def agree(
             stop=any(stops),
             waited_s=waited_s,
             num_reference_forwards=max(reference_forwards),
+            is_written=all(written),
         )
 
 

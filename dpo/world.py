@@ -21,7 +21,8 @@ from dpo.refusals import ConfigError
 Kind = Literal["auto", "cpu", "cuda"]
 Result = TypeVar("Result")
 RENDEZVOUS_TIMEOUT = timedelta(seconds=30)
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+WATCHDOG_FIRST = timedelta(minutes=1)
+"""A collective times out so much later than the watchdog, which knows more, ends the run."""
 
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -94,7 +95,7 @@ def choose_device(kind: Kind, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _meet(size: int) -> dist.Store:
+def _meet(size: int, timeout: timedelta) -> dist.Store:
     """The store through which all ranks find each other; waits `RENDEZVOUS_TIMEOUT` for them, not the time that a
     collective may take."""
     try:
@@ -105,7 +106,7 @@ def _meet(size: int) -> dist.Store:
             f"{place} WORLD_SIZE={size}: the ranks did not meet there within {RENDEZVOUS_TIMEOUT.seconds} s"
             f" ({str(error).splitlines()[0]}): check the variables and that all {size} ranks were started"
         ) from error
-    store.set_timeout(COLLECTIVE_TIMEOUT)
+    store.set_timeout(timeout)
     return store
 
 
@@ -124,12 +125,13 @@ class World:
     side_group: Any
 
     @staticmethod
-    def start(kind: Kind = "auto", sharded: bool = False) -> World:
+    def start(kind: Kind = "auto", sharded: bool = False, timeout_s: float = 1800) -> World:
         """Join the job that the environment describes.
 
         Args:
             kind: which device to take.
             sharded: the engine needs a process group even for a single process.
+            timeout_s: `parallel.timeout_s`.
 
         Raises:
             ConfigError: the device does not exist, or a rendezvous variable is missing.
@@ -152,8 +154,9 @@ class World:
                     f"{name} is not set: start {size} ranks with launch/local.sh, torchrun, deepspeed or srun"
                 )
         if not dist.is_initialized():
-            store = _meet(size)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+            timeout = timedelta(seconds=timeout_s) + WATCHDOG_FIRST
+            store = _meet(size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         side_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
         return World(rank, size, local_rank, device, side_group)
 

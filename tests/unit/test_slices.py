@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dpo.engine import CheckpointError
+from dpo.refusals import CheckpointError
 from dpo.slices import Slice, SliceReader, write_slices
 
 SHAPES = {"embedding.weight": (7, 5), "norm.weight": (3,), "head.weight": (2, 11)}
@@ -45,7 +45,11 @@ def cut(tensors: dict[str, dict[str, Tensor]], num_ranks: int, style: str) -> li
 def write(directory: Path, num_ranks: int, style: str, part_bytes: int = 2**30) -> SliceReader:
     for rank, slices in enumerate(cut(whole(), num_ranks, style)):
         write_slices(directory, rank, slices, torch.tensor(3.0), part_bytes)
-    return SliceReader(directory)
+    return read(directory)
+
+
+def read(directory: Path) -> SliceReader:
+    return SliceReader(directory, [path.name for path in directory.iterdir()])
 
 
 @pytest.mark.parametrize("part_bytes", [1, 200, 2**30])
@@ -92,12 +96,12 @@ def test_other_parameters_are_refused(tmp_path: Path, shapes: dict[str, tuple[in
 def test_a_checkpoint_without_slices_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deepspeed").mkdir()
     with pytest.raises(CheckpointError, match="written by an older version"):
-        SliceReader(tmp_path)
+        read(tmp_path)
 
 
 def test_a_missing_slice_is_never_read_as_if_it_were_there(tmp_path: Path) -> None:
     write(tmp_path, 3, "each")
     (tmp_path / "training-00001-000.safetensors").unlink()
-    reader = SliceReader(tmp_path)
+    reader = read(tmp_path)
     with pytest.raises(AssertionError):
         reader.read(cut(whole(), 1, "each")[0][0])

@@ -4,7 +4,8 @@ or a module: `python launch/local.py -n PROCS -m MODULE [arguments]`.
 
 What torchrun does not do, and the trainer's contract needs:
 - SIGTERM, SIGINT and SIGUSR1 to the launcher reach every rank, at once; the ranks then have all the time they need.
-- When a rank dies, the others are gone within two seconds, and one line says which one died of what.
+- When a rank dies, the others are gone within two seconds, and one line says which one died of what after which step;
+  status.json says so as well.
 - The exit code is the trainer's: 0 done, 1 unexpected error, 2 config or data, 3 checkpoint, 4 a peer died or hung,
   75 stopped on request.
 
@@ -16,16 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 DONE, UNEXPECTED, CONFIG, CHECKPOINT, PEER, STOPPED = 0, 1, 2, 3, 4, 75
@@ -48,6 +52,7 @@ class Rank:
     ended_by_us: bool = False
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     reader: threading.Thread | None = None
+    ended_at: float = float("inf")
 
     @property
     def code(self) -> int | None:
@@ -75,8 +80,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def shared_environment(num_ranks: int) -> dict[str, str]:
-    """What all ranks find in their environment; what the user has set stays."""
+def shared_environment(num_ranks: int, folder: str) -> dict[str, str]:
+    """What all ranks find in their environment; what the user has set stays. `folder`: see `dpo.beat`."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     defaults = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(max(1, cores // num_ranks))}
     if "MASTER_PORT" not in os.environ:
@@ -84,7 +89,8 @@ def shared_environment(num_ranks: int) -> dict[str, str]:
     if sys.platform == "linux":
         # gloo else takes the interface of the host's name, and tries for minutes when that name does not resolve.
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return {**defaults, **os.environ, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    return {**defaults, **os.environ, **sizes, "DPO_LAUNCHER": folder}
 
 
 def die_with_launcher() -> None:
@@ -109,8 +115,8 @@ def start_rank(number: int, command: list[str], environment: dict[str, str]) -> 
     return Rank(number, process)
 
 
-def start(num_ranks: int, command: list[str]) -> list[Rank]:
-    environment = shared_environment(num_ranks)
+def start(num_ranks: int, command: list[str], folder: str) -> list[Rank]:
+    environment = shared_environment(num_ranks, folder)
     ranks = [start_rank(number, command, environment) for number in range(num_ranks)]
     for rank in ranks[1:]:  # threads only now: no process is forked after this
         assert rank.process.stdout is not None
@@ -148,6 +154,9 @@ def watch(ranks: list[Rank], requests: Requests) -> None:
     deadline = float("inf")
     while any(rank.code is None for rank in ranks) and time.monotonic() < deadline:
         requests.deliver(ranks)
+        for rank in ranks:
+            if rank.code is not None:
+                rank.ended_at = min(rank.ended_at, time.monotonic())
         failures = [rank.code for rank in ranks if rank.failed]
         if failures:
             refused = all(code in (CONFIG, CHECKPOINT) for code in failures)
@@ -161,13 +170,16 @@ def watch(ranks: list[Rank], requests: Requests) -> None:
             rank.reader.join(timeout=1)
 
 
-def severity(rank: Rank) -> int:
-    """How much a rank's end explains: killed > crashed or refused > gave up because a peer was gone > the rest."""
+def severity(rank: Rank, ranks: list[Rank]) -> int:
+    """How much a rank's end explains: killed > crashed or refused > left before the others gave up on it > gave up
+    because a peer was gone > the rest."""
     code = rank.code
     assert code is not None
     if rank.ended_by_us:
         return 0
-    return 4 if code < 0 else {DONE: 0, STOPPED: 0, PEER: 2}.get(code, 3)
+    if code in (DONE, STOPPED):
+        return 3 if any(other.failed and rank.ended_at < other.ended_at for other in ranks) else 0
+    return 5 if code < 0 else 2 if code == PEER else 4
 
 
 def exit_code(ranks: list[Rank], requests: Requests) -> int:
@@ -182,23 +194,48 @@ def exit_code(ranks: list[Rank], requests: Requests) -> int:
     return next((refusal for refusal in (CONFIG, CHECKPOINT) if refusal in codes), PEER)
 
 
-def explain(rank: Rank, command: list[str], num_ranks: int) -> None:
-    """Show what the failed rank wrote, unless it was on the terminal already, and say in one line what happened."""
+def explain(rank: Rank, command: list[str], num_ranks: int, folder: Path) -> str:
+    """Show what the failed rank wrote, unless it was on the terminal already, and say in one line what happened, unless
+    the rank has done so; returns it."""
     code = rank.process.returncode
     for line in rank.lines:
         prefix = "" if line.startswith("[rank ") else f"[rank {rank.number}] "
         print(prefix + line, end="", file=sys.stderr)
     if code in (UNEXPECTED, CONFIG, CHECKPOINT, PEER):
-        return  # the rank has said so itself
+        return "see the ranks' logs"  # the rank has said so itself
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    step = last_step(folder, rank.number)
+    how += "" if step is None else f" after step {step}"
     if command[1] == "-m":  # a tool; launch/local.sh starts the trainer only
         again = shlex.join(["python", "launch/local.py", "-n", str(num_ranks), *command[1:]])
     else:
         again = shlex.join(["launch/local.sh", "-n", str(num_ranks), *command[2:]])
-    print(
-        f"error: rank {rank.number} on {socket.gethostname()} {how}, and the other ranks with it; to resume: {again}",
-        file=sys.stderr,
-    )
+    reason = f"rank {rank.number} on {socket.gethostname()} {how}, and the other ranks with it; to resume: {again}"
+    print(f"error: {reason}", file=sys.stderr)
+    return reason
+
+
+def last_step(folder: Path, rank: int) -> int | None:
+    """Steps that a rank had taken when it was last heard of; None before its first."""
+    with contextlib.suppress(OSError):
+        return int.from_bytes((folder / f"step.{rank}").read_bytes(), "little")
+    return None
+
+
+def settle_status(folder: Path, code: int, reason: str) -> None:
+    """Correct a status.json that says `running` of a run that has ended: its rank 0 could not do it."""
+    try:
+        path = Path((folder / "run_dir").read_text()) / "status.json"
+        status = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return  # no run directory was opened
+    if status.get("state") != "running":
+        return
+    step = max(status["step"], last_step(folder, 0) or 0)
+    status |= {"state": "stopped" if code == STOPPED else "failed", "step": step, "exit_code": code, "reason": reason}
+    aside = path.with_name(f".status.json.{os.getpid()}")
+    aside.write_text(json.dumps(status) + "\n")
+    os.replace(aside, path)
 
 
 def launch(num_ranks: int, command: list[str]) -> int:
@@ -206,12 +243,18 @@ def launch(num_ranks: int, command: list[str]) -> int:
     requests = Requests()
     for number in FORWARDED:
         signal.signal(number, requests.receive)
-    ranks = start(num_ranks, command)
-    watch(ranks, requests)
-    worst = max(ranks, key=severity)
-    if severity(worst) > 1:
-        explain(worst, command, num_ranks)
-    return exit_code(ranks, requests)
+    with tempfile.TemporaryDirectory(prefix="dpo-launch-") as name:
+        folder = Path(name)
+        ranks = start(num_ranks, command, name)
+        watch(ranks, requests)
+        worst = max(ranks, key=lambda rank: severity(rank, ranks))
+        reason = "ended by a signal"
+        if severity(worst, ranks) > 1:
+            reason = explain(worst, command, num_ranks, folder)
+        code = exit_code(ranks, requests)
+        if code != DONE:
+            settle_status(folder, code, reason)
+    return code
 
 
 def main(argv: list[str]) -> int:

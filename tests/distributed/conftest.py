@@ -65,10 +65,18 @@ def launcher(num_ranks: int) -> list[str]:
     return [sys.executable, str(ROOT / "launch/local.py"), "-n", str(num_ranks)]
 
 
-def run(command: list[str], timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], timeout_s: float = 300, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository and keep its output."""
     return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=timeout_s
+        command,
+        cwd=ROOT,
+        env=environment or ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
     )
 
 

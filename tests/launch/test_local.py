@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -150,6 +151,31 @@ def test_a_killed_rank_ends_the_others_within_two_seconds(job: Callable[..., Job
     assert "SIGKILL" in err
     assert "launch/local.sh -n 2 --some.flag 'a value'" in err
     assert err.count("\n") == 1
+
+
+NOTED = """
+folder = os.environ["DPO_LAUNCHER"]
+open(f"{folder}/step.{rank}", "wb").write((7 + rank).to_bytes(8, "little"))
+if rank == 0: open(f"{folder}/run_dir", "w").write(os.getcwd())
+mark("ready"); time.sleep(60)
+"""
+
+
+def test_the_status_of_a_run_whose_rank_0_is_killed_is_corrected(job: Callable[..., Job], tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running", "step": 5, "exit_code": null, "attempt": 2}')
+    run = job(NOTED)
+    run.wait_for("ready.0", "ready.1")
+    os.kill(run.pid("ready.0"), signal.SIGKILL)
+    code, _, err = run.finish()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert code == 4 and "rank 0 on" in err and "was ended by SIGKILL after step 7, and" in err
+    assert err == f"error: {status.pop('reason')}\n"
+    assert status == {"state": "failed", "step": 7, "exit_code": 4, "attempt": 2}
+
+
+def test_a_rank_that_leaves_before_the_others_fail_is_the_one_that_is_named(job: Callable[..., Job]) -> None:
+    code, _, err = job("if rank == 1: sys.exit(0)\ntime.sleep(0.5); sys.exit(4)").finish()
+    assert code == 4 and "rank 1 on" in err and "exited with code 0, and the other ranks with it" in err
 
 
 def test_children_of_a_killed_rank_end_with_it(job: Callable[..., Job], tmp_path: Path) -> None:

@@ -18,13 +18,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from dpo.config import Config, ConfigError, changed_keys, load_record, to_yaml
-<<<<<<< HEAD
+from dpo.differences import refuse
 from dpo.files import read_object, read_rows, write_atomically
 from dpo.scores import PAIRS_FILE, Scores, pair_rows
-=======
-from dpo.differences import refuse
-from dpo.scores import PAIRS_FILE, Scores, pair_rows, read_pairs
->>>>>>> 97b16f7 (Checkpoints without pickles, in one format for all engines, written in the background on request; skipped steps counted exactly; a watchdog for ranks that hang)
 from dpo.world import World
 
 State = Literal["running", "finished", "stopped", "failed"]

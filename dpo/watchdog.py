@@ -18,16 +18,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from types import FrameType
 from typing import IO, Any
 
-import torch.distributed as dist
-
-from dpo.world import World
+from dpo.world import Board, World
 
 SAMPLE_S = 0.2
-STORE_TIMEOUT = timedelta(seconds=3)
 _WAITING = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
 _PHASES = (  # outermost first: an evaluation's forward pass is evaluation
     ("evaluation", "evaluator.py", "run"),
@@ -99,6 +95,7 @@ class Watchdog:
     ) -> None:
         self.step = 0
         self._world, self._host, self._timeout_s, self._stacks, self._fail = world, host, timeout_s, stacks, fail
+        self._board = Board(world.rank, world.size)
         self._main = threading.main_thread().ident
         self._lock = threading.Lock()
         self._phases: Counter[str] = Counter()
@@ -115,7 +112,7 @@ class Watchdog:
     # ---- ranks that hang
 
     def _watch(self) -> None:
-        store, number, place, moved = None, 0, None, time.monotonic()
+        number, place, moved = 0, None, time.monotonic()
         while not self._ended.wait(SAMPLE_S):
             assert self._main is not None
             phase, is_waiting, now_at = look(sys._current_frames().get(self._main))
@@ -129,37 +126,24 @@ class Watchdog:
             number += 1
             if self._world.size > 1 and (number % 5 == 1 or still_s > self._timeout_s):
                 sight = Sight(number, self.step, phase, is_waiting, round(still_s, 1), self._host)
-                store = self._publish(store, sight)
+                self._board.post(json.dumps(asdict(sight)))
             if still_s > self._timeout_s:
-                self._end(self._culprit(store, phase))
+                self._end(self._culprit(phase))
 
-    def _publish(self, store: dist.Store | None, sight: Sight) -> dist.Store | None:
-        """Let the others see it; a store that does not answer is that of a stopped rank 0."""
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            if store is None:
-                address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                store = dist.TCPStore(address, port, is_master=False, timeout=STORE_TIMEOUT, wait_for_workers=False)
-            store.set(f"sight/{self._world.rank}", json.dumps(asdict(sight)))
-        return store
+    def _read(self) -> dict[int, Sight]:
+        """What the ranks have last posted, of those that have."""
+        posted = self._board.read()
+        return {rank: Sight(**json.loads(text)) for rank, text in posted.items()}
 
-    def _read(self, store: dist.Store | None) -> dict[int, Sight]:
-        """What the ranks have last published, of those that have."""
-        sights = {}
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            for rank in range(self._world.size) if store is not None else ():
-                if store is not None and store.check([f"sight/{rank}"]):
-                    sights[rank] = Sight(**json.loads(store.get(f"sight/{rank}")))
-        return sights
-
-    def _culprit(self, store: dist.Store | None, phase: str) -> str:
+    def _culprit(self, phase: str) -> str:
         """Who is to blame, in words: a process that is stopped, else one that hangs outside a collective, else the one
         that is behind."""
         ours = f"rank {self._world.rank} on {self._host} has not moved for {self._timeout_s:g} s (phase: {phase})"
         if self._world.size == 1:
             return ours
-        before = self._read(store)
+        before = self._read()
         time.sleep(6 * SAMPLE_S)
-        after = self._read(store)
+        after = self._read()
         if len(after) < self._world.size:
             missing = [rank for rank in range(self._world.size) if rank not in after]
             return f"{ours}; rank {missing[0]} does not answer"

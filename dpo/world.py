@@ -21,6 +21,7 @@ from dpo.refusals import ConfigError
 Kind = Literal["auto", "cpu", "cuda"]
 Result = TypeVar("Result")
 RENDEZVOUS_TIMEOUT = timedelta(seconds=30)
+BOARD_TIMEOUT = timedelta(seconds=3)
 WATCHDOG_FIRST = timedelta(minutes=1)
 """A collective times out so much later than the watchdog, which knows more, ends the run."""
 
@@ -221,3 +222,35 @@ class World:
         """End membership in the job."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Board:
+    """Short texts, one of each rank, in the store through which the ranks met: for a thread, beside all collectives.
+
+    A store that does not answer within seconds is that of a stopped rank 0; then nothing is posted or read.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self._store: dist.Store | None = None
+
+    def post(self, text: str) -> None:
+        """Put up this rank's text, in place of its last one."""
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            self._open().set(f"board/{self._rank}", text)
+
+    def read(self) -> dict[int, str]:
+        """The texts of the ranks that have posted one."""
+        found = {}
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            for rank in range(self._size):
+                if self._open().check([f"board/{rank}"]):
+                    found[rank] = self._open().get(f"board/{rank}").decode()
+        return found
+
+    def _open(self) -> dist.Store:
+        """A connection of our own: the main thread may wait in another one."""
+        if self._store is None:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._store = dist.TCPStore(address, port, is_master=False, timeout=BOARD_TIMEOUT, wait_for_workers=False)
+        return self._store

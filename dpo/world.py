@@ -5,6 +5,7 @@ Counts, stop flags and errors travel over a gloo side group, so that the device 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence

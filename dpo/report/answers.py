@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo.files import read_rows
+from dpo.files import read_object, read_rows
 from dpo.report.series import digits
 from dpo.report.texts import plain, shorten
 
 ANSWERS_FILE = "answers.jsonl"
+JUDGE_FILE = "judge.json"
 MAX_ANSWERS = 100
 ANSWERS_BYTES = 700_000
 SIDES = ("before", "after")
@@ -33,7 +34,7 @@ def answers(directory: Path) -> dict[str, Any] | None:
         for row, text in zip(chosen, cut, strict=True)
         if text is not None
     ]
-    return {"count": len(rows), "rows": shown, "scores": _scores(rows), "groups": _groups(rows)}
+    return {"count": len(rows), "rows": shown, "scores": [*_scores(rows), *_judged(directory)], "groups": _groups(rows)}
 
 
 def _of(row: dict[str, Any], side: str, what: str) -> Any:
@@ -53,6 +54,15 @@ def _scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of all answers: the checker's grade, where there is a checker."""
     line = _line("Answers that pass the checker", rows, "grade")
     return [] if line["after"] is None else [line]
+
+
+def _judged(directory: Path) -> list[dict[str, Any]]:
+    """How often a judge preferred the answer after training to the one before; see `dpo.judge`."""
+    verdict = read_object(directory / JUDGE_FILE)
+    if not verdict:
+        return []
+    score = {"before": None, "after": digits(verdict["win_rate"])}
+    return [{"name": "Preferred by the judge", "count": verdict["prompts"]} | score]
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ function tiles(run) {
   const names = { "rewards/accuracies": "Held-out accuracy", loss: "Held-out loss", "rewards/margins": "Margin of rewards", "drift/chosen": "Drift of chosen, nats per token" };
   const cards = found.map(([key, , before, after]) => [names[key], show(key)(after), before === null ? "" : `${show(key)(before)} before training`]);
   for (const one of run.generations ? run.generations.scores : []) {
-    cards.push([one.name, percent(one.after), `${percent(one.before)} before training`]);
+    cards.push([one.name, percent(one.after), one.before === null ? "50.0 % would be a draw" : `${percent(one.before)} before training`]);
   }
   return h("div", { class: "tiles" }, cards.map(([name, value, was]) =>
     h("div", { class: "tile" }, h("div", { class: "name" }, name), h("div", { class: "value" }, value), h("div", { class: "was" }, was))));

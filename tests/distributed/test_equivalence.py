@@ -6,6 +6,7 @@ fp32 on CPU; loss to 2e-5, gradient norm to 1e-5 relative, against one process w
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
+from dpo.files import read_rows
 from tests.distributed.conftest import Lab
 from tests.tiny import tiny_model
 
@@ -134,6 +136,20 @@ def test_every_member_follows_one_trajectory(trained: Lab, kind: str, member: st
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
         for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "learning_rate", "pairs_seen"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("member", ["single", *MEMBERS])
+def test_every_evaluation_is_the_mean_over_every_pair_once(trained: Lab, kind: str, member: str) -> None:
+    pairs = read_rows(trained.folder / f"{kind}-{member}" / "eval_pairs.jsonl")
+    assert [row["where"] for row in pairs] == [f"{trained.folder}/eval.jsonl:{number}" for number in range(1, 10)]
+    first, last = (trained.rows(f"{kind}-{member}")[place] for place in (0, -1))
+    yardstick = trained.rows(f"{kind}-single")[0]
+    for key in ("loss", "rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected"):
+        for row, when in ((first, "before"), (last, "after")):
+            mean = math.fsum(pair[when][key] for pair in pairs) / 9
+            assert row[f"eval_{key}"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
+        assert first[f"eval_{key}"] == pytest.approx(yardstick[f"eval_{key}"], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

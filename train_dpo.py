@@ -18,18 +18,16 @@ if TYPE_CHECKING:
 
 def train(run: Run) -> bool:
     """Take the steps that are left; whether the run came to its end (else it was asked to stop, and saved)."""
-    from dpo.prefetch import on_device
-
     engine, reference, objective = run.engine, run.reference, run.objective
     for step in run.steps(run.resume()):
         if step.stop:
             run.stopped(step.number)
             return False
-        for number, batch in enumerate(on_device(step.micro_batches, run.world.device), start=1):
+        for number, (batch, slopes) in enumerate(run.look_ahead(step), start=1):
             reference_logps_S = reference.logps(batch)
             policy_logps_S, statistic_S = engine.forward(batch, objective.statistic)
             pairs = objective.pairs(batch, policy_logps_S, statistic_S, reference_logps_S)
-            loss_B = objective.with_routers(objective.loss(pairs), engine.policy.balance_B)
+            loss_B = objective.with_routers(objective.loss(pairs, slopes), engine.policy.balance_B)
             loss = (batch.weight_B * loss_B).sum() * step.pair_weight
             engine.backward(loss, last=number == len(step.micro_batches))
             run.count(batch, pairs, loss_B)

@@ -121,6 +121,7 @@ class PairBatch:
         sources: the pairs' source names.
         layout: "padded", "packed" or "shared".
         reference_logps_S: (S,) float32, log-probs under the reference, where they are known before any model is run.
+        tail_weight: what a scored token counts that lies beyond the length of the pair's shorter response.
     """
 
     input_ids_RT: torch.Tensor
@@ -140,6 +141,7 @@ class PairBatch:
     sources: tuple[str, ...]
     layout: Layout
     reference_logps_S: torch.Tensor | None = None
+    tail_weight: float = 1.0
 
     @property
     def num_pairs(self) -> int:

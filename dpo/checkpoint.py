@@ -48,6 +48,7 @@ class TrainerState:
         sums, num_pairs: metrics since the last log, over all ranks (JSON has no NaN: None).
         pairs_seen, rows_skipped (by cause), steps_skipped, seconds: totals since the start of the run.
         eval_before: the evaluation before training.
+        objective: running means of the loss.
     """
 
     step: int
@@ -68,6 +69,7 @@ class TrainerState:
     steps_skipped: int
     seconds: float
     eval_before: dict[str, float] = field(default_factory=dict)
+    objective: dict[str, float] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:

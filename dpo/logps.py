@@ -224,6 +224,20 @@ def sum_by_sequence(values_N: Tensor, sequence_of_N: Tensor, num_sequences: int)
     return values_N.new_zeros(num_sequences).index_add(0, sequence_of_N, values_N)
 
 
+def tail_weights(lengths_S: Tensor, sequence_of_N: Tensor, tail_weight: float) -> Tensor:
+    """(N,) weights of scored tokens: 1 up to the length that both responses of a pair have, then `tail_weight` (LD-DPO,
+    arXiv 2409.06411, Eq. 10).
+
+    Args:
+        lengths_S: scored tokens of each sequence, chosen first, then rejected.
+    """
+    ends_S = lengths_S.long().cumsum(0)
+    shared_S = torch.minimum(*lengths_S.long().chunk(2)).repeat(2)
+    tail_begins_N = (ends_S - lengths_S.long() + shared_S)[sequence_of_N]
+    is_tail_N = torch.arange(len(sequence_of_N), device=sequence_of_N.device) >= tail_begins_N
+    return torch.where(is_tail_N, tail_weight, 1.0)
+
+
 class ScoringHead(nn.Linear):
     """A model's output head that also scores: with labels it returns log-probs, without them logits as before.
 

@@ -2,7 +2,8 @@
 
 Everything here works on (B,) tensors in the order of the batch's pairs. Nearly every loss is one composition:
 
-    log-ratio   D = log pi(y | x) - log ref(y | x) of a response: without the reference, or per token, as the loss says
+    log-ratio   D = log pi(y | x) - log ref(y | x) of a response: without the reference, per token, or f'(pi / ref) of
+                an f-divergence instead, as loss and options say
     logit       h = beta (D_chosen - D_rejected) - margin: how strongly the policy says that chosen is the better one
     link        l(h), which falls as h rises; losses of the single responses take beta D of each instead
     label       q l(h) + (1 - q) l(-h), for a chance q that chosen is the better one
@@ -12,6 +13,7 @@ Everything here works on (B,) tensors in the order of the batch's pairs. Nearly 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -62,6 +64,7 @@ class PairLogps:
     All are (B,). `beta_B` is resolved: the row's own beta, else the run's. `margin_B` and `label_B` are NaN where the
     row has none. Without a reference its log-probs are 0. `*_statistic_B` is the head statistic summed over the
     response, None unless the loss asks for one. `*_reward_B` are the rewards that the policy states, without grad.
+    `shift_B` is the running mean of rewards.
     """
 
     policy_chosen_logps_B: Tensor
@@ -75,6 +78,7 @@ class PairLogps:
     label_B: Tensor
     chosen_reward_B: Tensor
     rejected_reward_B: Tensor
+    shift_B: Tensor
     chosen_statistic_B: Tensor | None = None
     rejected_statistic_B: Tensor | None = None
 
@@ -88,6 +92,10 @@ class LossOptions:
     gamma: float = 0.0
     margin_scale: float = 0.0
     length_penalty: float = 0.0
+    dpop_lambda: float = 0.0
+    logit_clip: float | None = None
+    f_divergence: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
 
 
@@ -100,7 +108,8 @@ class Terms:
         chosen_ratio_B, rejected_ratio_B: the responses' log-ratios as the loss forms them, in nats.
         beta_B: beta of each pair.
         label_B: the chance that chosen is the better one before any smoothing: 1, or the row's.
-        chosen_lengths_B: tokens of the chosen response.
+        shift_B: what is taken off the rewards.
+        logps: what all this was formed from.
     """
 
     logit_B: Tensor
@@ -108,17 +117,18 @@ class Terms:
     rejected_ratio_B: Tensor
     beta_B: Tensor
     label_B: Tensor
-    chosen_lengths_B: Tensor
+    shift_B: Tensor
+    logps: PairLogps
 
     @property
     def chosen_reward_B(self) -> Tensor:
-        """beta D of the chosen response, the reward that the policy states (2305.18290, Sec. 4)."""
-        return self.beta_B * self.chosen_ratio_B
+        """beta D of the chosen response, the reward that the policy states (2305.18290, Sec. 4), less the shift."""
+        return self.beta_B * self.chosen_ratio_B - self.shift_B
 
     @property
     def rejected_reward_B(self) -> Tensor:
-        """beta D of the rejected response."""
-        return self.beta_B * self.rejected_ratio_B
+        """beta D of the rejected response, less the shift."""
+        return self.beta_B * self.rejected_ratio_B - self.shift_B
 
     def swapped(self) -> Terms:
         """The same pairs, were the other response the better one."""
@@ -133,42 +143,75 @@ class Terms:
 # ---- log-ratio, margin and logit
 
 
-def terms(pairs: PairLogps, options: LossOptions, *, reference: bool, per_token: bool) -> Terms:
+def terms(
+    pairs: PairLogps, options: LossOptions, *, reference: bool = True, per_token: bool = False, shifted: bool = False
+) -> Terms:
     """The pairs as a loss forms them.
 
     Args:
         reference: log-ratios are against the reference, else they are the policy's log-probs.
         per_token: log-ratios are averages over the tokens of a response.
+        shifted: rewards are less their running mean.
     """
     chosen_B, rejected_B = pairs.policy_chosen_logps_B, pairs.policy_rejected_logps_B
     if reference:
         chosen_B = chosen_B - pairs.reference_chosen_logps_B
         rejected_B = rejected_B - pairs.reference_rejected_logps_B
+        chosen_B, rejected_B = _derivative(chosen_B, options), _derivative(rejected_B, options)
     if per_token:
         chosen_B, rejected_B = chosen_B / pairs.chosen_lengths_B, rejected_B / pairs.rejected_lengths_B
-    label_B = torch.ones_like(pairs.label_B)
+    logit_B = pairs.beta_B * (chosen_B - rejected_B) - _margin(pairs, chosen_B, options)
+    if options.logit_clip is not None:
+        logit_B = logit_B.clamp(-options.logit_clip, options.logit_clip)
     return Terms(
-        logit_B=pairs.beta_B * (chosen_B - rejected_B) - _margin(pairs, options),
+        logit_B=logit_B,
         chosen_ratio_B=chosen_B,
         rejected_ratio_B=rejected_B,
         beta_B=pairs.beta_B,
-        label_B=pairs.label_B.nan_to_num(nan=1.0) if options.soft_labels else label_B,
-        chosen_lengths_B=pairs.chosen_lengths_B,
+        label_B=pairs.label_B.nan_to_num(nan=1.0) if options.soft_labels else torch.ones_like(pairs.label_B),
+        shift_B=pairs.shift_B if shifted else torch.zeros_like(pairs.shift_B),
+        logps=pairs,
     )
 
 
-def _margin(pairs: PairLogps, options: LossOptions) -> Tensor | float:
+def _derivative(ratio_B: Tensor, options: LossOptions) -> Tensor:
+    """f'(pi / ref) by D = log(pi / ref), (B,): what an f-divergence in place of the KL makes of the reward (f-DPO,
+    arXiv 2309.16240, Table 1). Alpha's a is 1 - alpha of the paper. chi_squared is chi-PO's (arXiv 2407.13399), mixed
+    with the KL. Exponents end at 80, where float32 nearly does."""
+
+    def exponent_B(factor: float) -> Tensor:
+        return (factor * ratio_B).clamp(max=MAX_EXPONENT)
+
+    match options.f_divergence:
+        case "forward_kl":
+            return -torch.expm1(exponent_B(-1))
+        case "js_divergence":
+            return math.log(2) + F.logsigmoid(ratio_B)
+        case "alpha_divergence":
+            power = options.f_alpha_divergence_coef - 1
+            return torch.expm1(exponent_B(power)) / power
+        case "chi_squared":
+            return ratio_B + torch.exp(exponent_B(1))
+        case _:
+            return ratio_B
+
+
+def _margin(pairs: PairLogps, chosen_ratio_B: Tensor, options: LossOptions) -> Tensor | float:
     """What beta (D_chosen - D_rejected) has to exceed, (B,) or 0:
 
     gamma                       target margin (SimPO, arXiv 2405.14734, Eq. 6)
     margin_scale * margin       offset by how much better chosen is, from the row (ODPO, arXiv 2402.10571, Eq. 8)
     -length_penalty (n_w - n_l) the part of a preference that length explains (R-DPO, arXiv 2403.19159, Eq. 9)
+    beta dpop_lambda max(0, -D_chosen)  where chosen is less likely than under the reference (DPO-Positive, arXiv
+                                2402.13228, Eq. 3)
     """
     margin_B: Tensor | float = options.gamma
     if options.margin_scale:
         margin_B = margin_B + options.margin_scale * pairs.margin_B.nan_to_num(nan=0.0)
     if options.length_penalty:
         margin_B = margin_B - options.length_penalty * (pairs.chosen_lengths_B - pairs.rejected_lengths_B)
+    if options.dpop_lambda:
+        margin_B = margin_B + options.dpop_lambda * pairs.beta_B * F.relu(-chosen_ratio_B)
     return margin_B
 
 
@@ -250,7 +293,8 @@ def nca_pair(pairs: Terms, options: LossOptions) -> Tensor:
 
 
 def bco_pair(pairs: Terms, options: LossOptions) -> Tensor:
-    """-log s(r_w) - log s(-r_l): a classifier of good and bad responses, BCO (arXiv 2404.04656)."""
+    """-log s(r_w) - log s(-r_l): a classifier of good and bad responses, BCO (arXiv 2404.04656), with rewards shifted
+    by their running mean so that both kinds lie on their side of 0."""
     return -F.logsigmoid(pairs.chosen_reward_B) - F.logsigmoid(-pairs.rejected_reward_B)
 
 
@@ -282,8 +326,47 @@ def sft(pairs: Terms, options: LossOptions) -> Tensor:
 
 def sft_micro_batch(pairs: Terms, options: LossOptions) -> Tensor:
     """TRL's `sft`: the mean over all chosen tokens of a micro-batch, so that it depends on how pairs are batched."""
-    mean = -pairs.chosen_ratio_B.sum() / pairs.chosen_lengths_B.sum()
+    mean = -pairs.chosen_ratio_B.sum() / pairs.logps.chosen_lengths_B.sum()
     return mean.expand_as(pairs.chosen_ratio_B)
+
+
+# ---- across pairs
+
+
+def ranked_like(values_B: Tensor, like_B: Tensor) -> Tensor:
+    """The values, sorted and given to the pairs such that their ranks are those of `like_B`."""
+    return values_B.sort().values[like_B.argsort(stable=True).argsort()]
+
+
+def _of_differences(pairs: Terms, difference_B: Tensor, options: LossOptions) -> Tensor:
+    logit_B, sure_B = pairs.beta_B * difference_B, torch.ones_like(difference_B)
+    return with_label(logistic)(replace(pairs, logit_B=logit_B, label_B=sure_B), options)
+
+
+def aot(pairs: Terms, options: LossOptions) -> Tensor:
+    """DPO's loss of sort(log pi_w - log pi_l) - sort(log ref_w - log ref_l): the distribution of the policy's gaps has
+    to exceed the reference's, AOT paired (arXiv 2406.05882). A term belongs to the pair whose policy gap is in it."""
+    logps = pairs.logps
+    gap_B = logps.policy_chosen_logps_B - logps.policy_rejected_logps_B
+    reference_gap_B = logps.reference_chosen_logps_B - logps.reference_rejected_logps_B
+    return _of_differences(pairs, gap_B - ranked_like(reference_gap_B, gap_B), options)
+
+
+def aot_unpaired(pairs: Terms, options: LossOptions) -> Tensor:
+    """DPO's loss of sort(D_w) - sort(D_l): chosen responses have to exceed rejected ones as a distribution (arXiv
+    2406.05882). A term belongs to the pair whose chosen response is in it."""
+    chosen_B = pairs.logps.policy_chosen_logps_B - pairs.logps.reference_chosen_logps_B
+    rejected_B = pairs.logps.policy_rejected_logps_B - pairs.logps.reference_rejected_logps_B
+    return _of_differences(pairs, chosen_B - ranked_like(rejected_B, chosen_B), options)
+
+
+def wpo_weights(pairs: PairLogps) -> Tensor:
+    """(B,) product over both responses of exp(mean_t[log p_t - log sum_v p_v^2]), without grad: how much a pair looks
+    like the policy's own (WPO, arXiv 2406.11827, Eq. 2)."""
+    assert pairs.chosen_statistic_B is not None and pairs.rejected_statistic_B is not None
+    chosen_B = (pairs.policy_chosen_logps_B - pairs.chosen_statistic_B) / pairs.chosen_lengths_B
+    rejected_B = (pairs.policy_rejected_logps_B - pairs.rejected_statistic_B) / pairs.rejected_lengths_B
+    return torch.exp(chosen_B + rejected_B).detach()
 
 
 LOSSES: dict[str, Loss] = {
@@ -294,6 +377,7 @@ LOSSES: dict[str, Loss] = {
     "ipo_sum": with_label(squared),
     "exo_pair": exo_pair,
     "nca_pair": with_label(nca_pair),
+    "bco_pair": with_label(bco_pair),
     "bco_pair_no_shift": with_label(bco_pair),
     "sppo_hard": with_label(sppo_hard),
     "apo_zero": with_label(apo_zero),
@@ -303,6 +387,10 @@ LOSSES: dict[str, Loss] = {
     "simpo": with_label(logistic),
     "sft": sft,
     "sft_micro_batch": sft_micro_batch,
+    "aot": aot,
+    "aot_micro_batch": aot,
+    "aot_unpaired": aot_unpaired,
+    "aot_unpaired_micro_batch": aot_unpaired,
 }
 
 

@@ -1,8 +1,13 @@
-"""From a batch's log-probs to its loss: joins what the model said with what the rows and the config ask for."""
+"""From a batch's log-probs to its loss: joins what the model said with what the rows and the config ask for.
+
+A loss that looks across the pairs of a step is taken over all of them at once (`look_across`), from log-probs without
+grad. What a micro-batch then needs for its backward pass are the slopes of that loss with respect to its log-probs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -10,8 +15,67 @@ from torch import Tensor
 from data_utils.schema import PairBatch
 from dpo.config import LossSection
 from dpo.logps import HeadStatistic
-from dpo.loss import LOSSES, LossOptions, PairLogps, Terms, terms
+from dpo.loss import LOSSES, LossOptions, PairLogps, Terms, terms, wpo_weights
 from dpo.loss_types import LOSS_TYPES, LossName
+
+LEAST_FACTOR = 1e-3
+"""beta-DPO leaves at least this of beta."""
+
+
+def _zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """What the whole step says of B pairs, (B,) each: their loss, and its slopes in the log-probs of chosen and
+    rejected, to which the pairs' weights are still to be applied."""
+
+    loss_B: Tensor
+    chosen_B: Tensor
+    rejected_B: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RunningMeans:
+    """Means over the steps so far, the same on every rank; float64 scalars on the device.
+
+    Attributes:
+        shift: mean of all rewards of chosen and rejected responses so far, each response alike: BCO's delta.
+        num_rewards: how many.
+        margin: exponential mean over steps of their mean reward margin: beta-DPO's M_0 (arXiv 2407.08639, Eq. 8).
+        last_margin: the last step's mean reward margin.
+    """
+
+    shift: Tensor = field(default_factory=_zero)
+    num_rewards: Tensor = field(default_factory=_zero)
+    margin: Tensor = field(default_factory=_zero)
+    last_margin: Tensor = field(default_factory=_zero)
+
+    def after(self, reward_C: Tensor, margin_B: Tensor, momentum: float) -> RunningMeans:
+        """The means after a step with these rewards and margins, unless it has none or they are not finite."""
+        old = self.on(reward_C.device)
+        num_rewards = old.num_rewards + len(reward_C)
+        shift = old.shift + (reward_C.double().sum() - len(reward_C) * old.shift) / num_rewards.clamp(min=1)
+        last_margin = margin_B.double().mean()
+        new = RunningMeans(shift, num_rewards, momentum * old.margin + (1 - momentum) * last_margin, last_margin)
+        is_sound = shift.isfinite() & last_margin.isfinite()
+        stay = replace(old, last_margin=old.margin)
+        names = [spec.name for spec in fields(RunningMeans)]
+        return RunningMeans(*(torch.where(is_sound, getattr(new, name), getattr(stay, name)) for name in names))
+
+    def on(self, device: torch.device) -> RunningMeans:
+        """The same on a device."""
+        return RunningMeans(*(getattr(self, spec.name).to(device) for spec in fields(RunningMeans)))
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {spec.name: getattr(self, spec.name).item() for spec in fields(RunningMeans)}
+
+    @staticmethod
+    def of(state: Mapping[str, float]) -> RunningMeans:
+        """What `state` gave; none of it: a fresh start."""
+        return RunningMeans(**{name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()})
 
 
 class Objective:
@@ -21,18 +85,28 @@ class Objective:
         statistic: the head statistic that they need, or None.
         columns: per-pair columns that they read.
         needs_reference: whether any of them is against a reference.
+        looks_across: whether a pair's loss depends on the other pairs of its step.
+        tail_weight: what tokens beyond the shorter response count.
+        running: means over the steps so far, part of a checkpoint.
     """
 
     def __init__(self, loss: LossSection) -> None:
         self._weights: dict[LossName, float] = dict(zip(loss.type, loss.all_weights, strict=True))
-        self._options = LossOptions(**{spec.name: getattr(loss, spec.name) for spec in fields(LossOptions)})
-        self._beta = loss.beta
+        given = {spec.name: getattr(loss, spec.name) for spec in fields(LossOptions)}
+        self._options = {  # of each loss, those that it reads
+            name: LossOptions(**{key: value for key, value in given.items() if key in needs.reads})
+            for name, needs in LOSS_TYPES.items()
+        }
+        self._beta, self._wpo = loss.beta, loss.wpo
+        self._beta_gain, self._beta_momentum = loss.beta_gain, loss.beta_momentum
         self._router_coef = loss.router_aux_loss_coef
-        self.needs_reference = loss.needs_reference
-        self.statistic: HeadStatistic | None = None
+        self.needs_reference, self.looks_across = loss.needs_reference, loss.looks_across
+        self.tail_weight = 1.0 if loss.ld_alpha is None else loss.ld_alpha
+        self.statistic: HeadStatistic | None = "log_sum_p2" if loss.wpo else None
         self.columns = {"weight", "beta"}
         self.columns |= {"margin"} if loss.margin_scale else set()
         self.columns |= {"label"} if loss.soft_labels else set()
+        self.running = RunningMeans()
 
     def pairs(
         self, batch: PairBatch, policy_logps_S: Tensor, statistic_S: Tensor | None, reference_logps_S: Tensor
@@ -55,6 +129,7 @@ class Objective:
             label_B=batch.label_B,
             chosen_reward_B=none_B,
             rejected_reward_B=none_B,
+            shift_B=none_B + self.running.shift.to(none_B),
             chosen_statistic_B=chosen_statistic_B,
             rejected_statistic_B=rejected_statistic_B,
         )
@@ -66,20 +141,66 @@ class Objective:
         `sft` alone the log-probs per token."""
         names: list[LossName] = [*(name for name in self._weights if "beta" in LOSS_TYPES[name].reads), "sft"]
         own = self._terms(pairs, names[0])
-        if names[0] == "sft":
-            return own.chosen_ratio_B.detach(), own.rejected_ratio_B.detach()
-        return own.chosen_reward_B.detach(), own.rejected_reward_B.detach()
+        beta_B = 1.0 if names[0] == "sft" else pairs.beta_B
+        return (beta_B * own.chosen_ratio_B).detach(), (beta_B * own.rejected_ratio_B).detach()
 
     def _terms(self, pairs: PairLogps, name: LossName) -> Terms:
         needs = LOSS_TYPES[name]
-        return terms(pairs, self._options, reference=needs.reference, per_token=needs.per_token)
+        return terms(
+            pairs, self._options[name], reference=needs.reference, per_token=needs.per_token, shifted=needs.shifted
+        )
 
-    def loss(self, pairs: PairLogps) -> Tensor:
-        """(B,) loss per pair, before the pairs' weights."""
-        losses = [
-            weight * LOSSES[name](self._terms(pairs, name), self._options) for name, weight in self._weights.items()
-        ]
-        return torch.stack(losses).sum(0)
+    def loss(self, pairs: PairLogps, slopes: Slopes | None = None) -> Tensor:
+        """(B,) loss per pair, before the pairs' weights.
+
+        Args:
+            pairs: of a micro-batch; or all of a step, or of a held-out set, where the loss looks across pairs.
+            slopes: what `look_across` gave for this micro-batch: its loss, whose gradient is then that of the step's.
+        """
+        if slopes is not None:
+            chosen_B, rejected_B = pairs.policy_chosen_logps_B, pairs.policy_rejected_logps_B
+            moved_B = slopes.chosen_B * (chosen_B - chosen_B.detach())
+            return slopes.loss_B + moved_B + slopes.rejected_B * (rejected_B - rejected_B.detach())
+        losses = {name: LOSSES[name](self._terms(pairs, name), self._options[name]) for name in self._weights}
+        loss_B = torch.stack([self._weights[name] * loss_B for name, loss_B in losses.items()]).sum(0)
+        return loss_B * wpo_weights(pairs) if self._wpo else loss_B
+
+    # ---- across the pairs of a step
+
+    def look_across(self, pairs: PairLogps, weight_B: Tensor) -> Slopes:
+        """The loss of a whole step and its slopes; moves the running means.
+
+        Args:
+            pairs: all pairs of the step, in any order. Those of weight 0 count for nothing.
+            weight_B: their weights.
+        """
+        counts_B = weight_B > 0
+        counting, weight_C = _some(pairs, counts_B), weight_B[counts_B]
+        before, self.running = self.running, self._moved(counting)
+        chosen_C = counting.policy_chosen_logps_B.detach().requires_grad_()
+        rejected_C = counting.policy_rejected_logps_B.detach().requires_grad_()
+        factor = (1 + self._beta_gain * (self.running.last_margin - before.margin)).clamp(min=LEAST_FACTOR)
+        counting = replace(
+            counting,
+            policy_chosen_logps_B=chosen_C,
+            policy_rejected_logps_B=rejected_C,
+            beta_B=counting.beta_B * factor,
+            shift_B=self.running.shift.expand_as(weight_C),
+        )
+        with torch.enable_grad():
+            loss_C = self.loss(counting)
+            slopes = torch.autograd.grad((weight_C * loss_C).sum(), (chosen_C, rejected_C))
+        parts = [loss_C, *(slope_C / weight_C for slope_C in slopes)]
+        return Slopes(*(torch.zeros_like(weight_B).masked_scatter(counts_B, part.detach()) for part in parts))
+
+    def _moved(self, pairs: PairLogps) -> RunningMeans:
+        """The running means after a step with these pairs."""
+        shifted, plain = self._terms(pairs, "bco_pair"), self._terms(pairs, "sigmoid")
+        rewards = pairs.beta_B * torch.stack([shifted.chosen_ratio_B, shifted.rejected_ratio_B])
+        margin_B = pairs.beta_B * (plain.chosen_ratio_B - plain.rejected_ratio_B)
+        return self.running.after(rewards.detach().flatten(), margin_B.detach(), self._beta_momentum)
+
+    # ---- columns
 
     def with_routers(self, loss_B: Tensor, balance_B: Tensor | None) -> Tensor:
         """(B,) loss with the load-balancing loss of a mixture of experts, where there is one (`dpo.routers`)."""
@@ -89,3 +210,13 @@ class Objective:
         """Columns that rows of this batch carry and these losses do not read."""
         given = {"margin": batch.margin_B, "label": batch.label_B}
         return [name for name, value_B in given.items() if name not in self.columns and not torch.isnan(value_B).all()]
+
+
+def _some(pairs: PairLogps, mask_B: Tensor) -> PairLogps:
+    return replace(pairs, **{name: value_B[mask_B] for name, value_B in stacked([pairs]).items()})
+
+
+def stacked(pairs: Sequence[PairLogps]) -> dict[str, Tensor]:
+    """The fields of several batches' pairs that are not None, end to end, without grad, in float64: (B,) each."""
+    names = [spec.name for spec in fields(PairLogps) if getattr(pairs[0], spec.name) is not None]
+    return {name: torch.cat([getattr(part, name).detach().double() for part in pairs]) for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import transformers
 
@@ -168,4 +169,7 @@ class Parts:
     def _agreed(self, loader: StepLoader, first: int, last: int) -> Iterator[AgreedStep]:
         look_up, has_written = self.reference.look_up, lambda: self.writer.is_done
         steps = agree(loader.steps(first, last), self.world, self.stop, self.layout, look_up, has_written)
-        return map(self.reference.complete, steps)
+        for step in map(self.reference.complete, steps):
+            weight = self.objective.tail_weight
+            batches = [replace(batch, tail_weight=weight) for batch in step.micro_batches]
+            yield step if weight == 1 else replace(step, micro_batches=batches)

@@ -23,7 +23,7 @@ from dpo import attention
 from dpo.adapters import fuse
 from dpo.config import Config, ConfigError, LoraSection
 from dpo.layers import compile_layers, recompute_layers
-from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence
+from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence, tail_weights
 from dpo.offload import Offload
 from dpo.routers import Routers, wants_logits
 
@@ -256,6 +256,10 @@ class Policy(nn.Module):
         scored_NH = hidden_RTH.flatten(0, 1)[batch.score_positions_N]
         token_logps_N, statistic_N = self.head(scored_NH, labels_N=batch.labels_N, statistic=statistic)
         num_sequences = 2 * batch.num_pairs
+        if batch.tail_weight != 1:
+            token_logps_N = token_logps_N * tail_weights(
+                batch.response_lengths_S, batch.sequence_of_N, batch.tail_weight
+            ).to(token_logps_N.dtype)
         logps_S = sum_by_sequence(token_logps_N, batch.sequence_of_N, num_sequences)
         if statistic_N is None:
             return logps_S, None

@@ -47,7 +47,10 @@ class Reference:
         self.num_forwards = 0
 
     def logps(self, batch: PairBatch) -> Tensor:
-        """(S,) summed log-probs of the responses under the reference, without grad."""
+        """(S,) summed log-probs of the responses under the reference, without grad; those of the batch where it has
+        them."""
+        if batch.reference_logps_S is not None:
+            return batch.reference_logps_S
         self.num_forwards += 1
         return self._scorer(batch)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from data_utils.schema import PairBatch
+from dpo.ahead import look_ahead
 from dpo.beat import Beat
 from dpo.clock import Clock
 from dpo.config import Config
@@ -19,6 +20,7 @@ from dpo.final import export
 from dpo.gates import require_step0, step0_gap
 from dpo.journal import Journal
 from dpo.loss import PairLogps
+from dpo.objective import Slopes
 from dpo.parts import Parts
 from dpo.plan import learning_rate
 from dpo.report.collect import Shards
@@ -104,6 +106,10 @@ class Run:
         require_step0(gap, self.parts.dtype, self.reference.remedy)
 
     # ---- steps
+
+    def look_ahead(self, step: AgreedStep) -> Iterator[tuple[PairBatch, Slopes | None]]:
+        """The step's micro-batches on the device, with what a loss that looks across its pairs has to know of them."""
+        return look_ahead(step, self.engine, self.reference, self.objective, self.world)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step; its schedule stands still for a step that was skipped.

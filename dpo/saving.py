@@ -12,6 +12,7 @@ from dpo.checkpoint import TrainerState
 from dpo.config import changed_keys, to_dict
 from dpo.differences import Difference, refuse
 from dpo.journal import Journal
+from dpo.objective import RunningMeans
 from dpo.parts import Parts
 from dpo.refusals import CheckpointError, DiskError
 from dpo.shelf import size
@@ -53,6 +54,7 @@ class Saver:
         checkpoint.restore(path, parts.engine, parts.world)
         log.rewind(state.step or -1)  # from step 0 the evaluation before training is made again
         self._journal.restore(state)
+        parts.objective.running = RunningMeans.of(state.objective)
         log.status("running", state.step)
         parts.terminal.say(f"resume     {path.name}")
         return state.step
@@ -129,6 +131,7 @@ class Saver:
             data=parts.shards.fingerprint,
             tokenizer=parts.making["tokenizer"],
             chat_template=parts.making["chat_template"],
+            objective=parts.objective.running.state(),
             **self._journal.state(),
         )
         with self._journal.clock.phase("checkpoints"), self._forgiving(is_periodic):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from dpo.loss_types import LOSS_TYPES, OPTIONS, LossName, reading
+from dpo.loss_types import LOSS_TYPES, OPTIONS, Divergence, LossName, reading
 from dpo.refusals import ConfigError, at_least, in_range, positive, require, unchanged, unknown_name
 
 SHIPPED_DS_CONFIGS = "ds_configs/zero1.json, zero2.json or zero3.json"
@@ -101,8 +101,9 @@ class LossSection:
 
     type: tuple[LossName, ...] = ("sigmoid",)
     """One loss, or several that are added up. Of the pair: sigmoid (DPO), robust, hinge, ipo, ipo_sum, exo_pair,
-    discopop, sigmoid_norm (per token), simpo (no reference); of each response: nca_pair, bco_pair_no_shift, sppo_hard,
-    apo_zero, apo_down; of the chosen one: sft (sft_micro_batch: as TRL averages it)."""
+    discopop, sigmoid_norm (per token), simpo (no reference); of each response: nca_pair, bco_pair, sppo_hard, apo_zero,
+    apo_down; of the chosen one: sft. Over all pairs of a step: aot, aot_unpaired, bco_pair. As TRL has them:
+    sft_micro_batch, aot_micro_batch, aot_unpaired_micro_batch, bco_pair_no_shift."""
     weights: tuple[float, ...] = ()
     """Weight of each loss of loss.type; none: 1 each."""
     beta: float = 0.1
@@ -117,6 +118,22 @@ class LossSection:
     """Margin from the rows' column `margin`, times this (ODPO's alpha); 0: the column is not read."""
     length_penalty: float = 0.0
     """Reward, per token, that is put down to length (R-DPO's alpha)."""
+    dpop_lambda: float = 0.0
+    """Penalty where chosen is less likely than under the reference (DPO-Positive's lambda, there 50)."""
+    logit_clip: float | None = None
+    """Clip the pair's logit to plus or minus this (chi-PO's 2 R_max); none: no clipping."""
+    f_divergence: Divergence = "reverse_kl"
+    """What holds the policy to the reference; reverse_kl: DPO's KL; chi_squared: chi-PO, with the KL mixed in."""
+    f_alpha_divergence_coef: float = 0.5
+    """The power of alpha_divergence, as TRL has it: 1 - alpha of the paper."""
+    ld_alpha: float | None = None
+    """Weight of tokens beyond the length of the pair's shorter response (LD-DPO), in [0, 1]; none: 1."""
+    wpo: bool = False
+    """Weigh pairs by how much they look like the policy's own responses (WPO)."""
+    beta_gain: float = 0.0
+    """beta-DPO: in each step beta is multiplied by 1 + this * (the step's mean reward margin - its running mean)."""
+    beta_momentum: float = 0.9
+    """beta-DPO: share of the old value in that running mean."""
     discopop_tau: float = 0.05
     """Temperature of discopop's mixture."""
     router_aux_loss_coef: float = 0.0
@@ -141,6 +158,34 @@ class LossSection:
         if "exo_pair" in self.type:
             remedy = "set --loss.label_smoothing 0.001"
             require(self.label_smoothing > 0, f"loss.type=exo_pair needs labels that are not sure: {remedy}")
+        self._check_modifiers()
+
+    def _check_modifiers(self) -> None:
+        for key in ("dpop_lambda", "beta_gain"):
+            at_least(f"loss.{key}", getattr(self, key), 0)
+        in_range("loss.beta_momentum", self.beta_momentum, 0, 1)
+        if self.logit_clip is not None:
+            positive("loss.logit_clip", self.logit_clip)
+        if self.f_divergence != "alpha_divergence":
+            because, remedy = f"loss.f_divergence={self.f_divergence}", "--loss.f_divergence alpha_divergence"
+            unchanged(self, "loss", ("f_alpha_divergence_coef",), because, remedy)
+        require(self.f_alpha_divergence_coef != 1, "loss.f_alpha_divergence_coef=1: set --loss.f_divergence reverse_kl")
+        if self.beta_gain == 0:
+            unchanged(self, "loss", ("beta_momentum",), "loss.beta_gain=0", "--loss.beta_gain 0.6")
+        if self.ld_alpha is not None:
+            require(
+                0 <= self.ld_alpha <= 1, f"loss.ld_alpha must be in [0, 1], not {self.ld_alpha}: set --loss.ld_alpha"
+            )
+            whole = [name for name in self.type if name.startswith("sft")] + ["loss.wpo=true"] * self.wpo
+            require(not whole, f"loss.ld_alpha weighs tokens, but {' '.join(whole)} takes all alike: drop one of them")
+        if self.wpo:
+            sorted_types = [name for name in self.type if "wpo" not in LOSS_TYPES[name].reads]
+            require(not sorted_types, f"loss.wpo weighs pairs, which {' '.join(sorted_types)} sorts: drop one of them")
+
+    @property
+    def looks_across(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of its step."""
+        return self.beta_gain > 0 or any(LOSS_TYPES[name].whole_step for name in self.type)
 
     @property
     def all_weights(self) -> tuple[float, ...]:
@@ -463,6 +508,10 @@ class Config:
         if not self.loss.needs_reference:
             names, chosen = ("mode", "path", "offload", "store"), f"loss.type={' '.join(self.loss.type)}"
             unchanged(self.reference, "reference", names, f"{chosen}, which needs no reference", "--loss.type sigmoid")
+        if self.loss.ld_alpha is not None and self.reference.mode == "stored":
+            raise ConfigError(
+                "reference.mode=stored keeps sums over whole responses, not loss.ld_alpha's: set --reference.mode auto"
+            )
         if self.reference.mode == "adapter_off":
             remedy = "set --lora.r 16, or --reference.mode frozen_copy"
             require(self.lora.r > 0, f"reference.mode=adapter_off needs an adapter, but lora.r=0: {remedy}")

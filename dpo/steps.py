@@ -24,6 +24,7 @@ class AgreedStep:
         epoch: 0-based epoch.
         micro_batches: at least one, equally many on every rank; ranks short of work have idle ones at the end.
         num_pairs: pairs over all ranks.
+        first_pair: where this rank's pairs begin among them, rank by rank.
         num_skipped: rows of the window that were left out, over all ranks.
         skipped: this rank's among them.
         stop: some rank was asked to stop: save, and do not take this step.
@@ -42,6 +43,7 @@ class AgreedStep:
     waited_s: float
     num_reference_forwards: int = 0
     is_written: bool = False
+    first_pair: int = 0
 
     @property
     def pair_weight(self) -> float:
@@ -89,6 +91,7 @@ def agree(
             waited_s=waited_s,
             num_reference_forwards=max(reference_forwards),
             is_written=all(written),
+            first_pair=sum(pairs[: world.rank]),
         )
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
-from dataclasses import replace
-from typing import get_args
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.plot_losses import CURVES, draw
 from data_utils.batching import collate
-from data_utils.schema import PairBatch
+from data_utils.schema import Layout, PairBatch
 from dpo.config import LossSection
+from dpo.logps import sum_by_sequence, tail_weights
 from dpo.loss import LOSSES, PairLogps
 from dpo.loss_types import LOSS_TYPES, LossName
-from dpo.objective import Objective
+from dpo.objective import Objective, RunningMeans, Slopes
 from tests.numerics.oracle import log_sigmoid
 from tests.numerics.tiny_models import random_pairs
 
+ROOT = Path(__file__).parents[2]
 BETA, SMOOTHING = 0.1, 1e-3
 NAMES: tuple[LossName, ...] = get_args(LossName)
 
@@ -49,6 +55,7 @@ FORMULAS: dict[str, Callable[..., float]] = {
     "ipo": lambda b, c, r, nc, nr, **_: (c / nc - r / nr - 1 / (2 * b)) ** 2,
     "ipo_sum": lambda b, c, r, **_: (c - r - 1 / (2 * b)) ** 2,
     "nca_pair": lambda b, c, r, **_: logistic(b * c) + 0.5 * logistic(-b * c) + 0.5 * logistic(-b * r),
+    "bco_pair": lambda b, c, r, **_: logistic(b * c) + logistic(-b * r),
     "bco_pair_no_shift": lambda b, c, r, **_: logistic(b * c) + logistic(-b * r),
     "sppo_hard": lambda b, c, r, **_: (c - 1 / (2 * b)) ** 2 + (r + 1 / (2 * b)) ** 2,
     "apo_zero": lambda b, c, r, **_: 1 - sigmoid(b * c) + sigmoid(b * r),
@@ -66,7 +73,10 @@ STEP0 = {
     "ipo_sum": 25,
     "exo_pair": 2.761231,
     "nca_pair": 1.386294,
+    "bco_pair": 1.386294,
     "bco_pair_no_shift": 1.386294,
+    "aot": 0.693147,
+    "aot_unpaired": 0.693147,
     "sppo_hard": 50,
     "apo_zero": 1,
     "apo_down": 1,
@@ -227,6 +237,167 @@ def test_fp32_stays_finite_at_the_extremes(name: LossName) -> None:
     assert torch.isfinite(loss_B).all() and policy_S.grad is not None and torch.isfinite(policy_S.grad).all()
 
 
+F_PRIMES: dict[str, Callable[[float], float]] = {
+    "reverse_kl": lambda d: d,
+    "forward_kl": lambda d: 1 - math.exp(-d),
+    "js_divergence": lambda d: math.log(2) + log_sigmoid(d),
+    "alpha_divergence": lambda d: (math.exp((0.3 - 1) * d) - 1) / (0.3 - 1),
+    "chi_squared": lambda d: d + math.exp(d),
+}
+
+
+@pytest.mark.parametrize("divergence", F_PRIMES)
+def test_an_f_divergence_replaces_the_log_ratios(divergence: str) -> None:
+    batch = some_batch()
+    policy_S, reference_S = some_logps(batch, scale=4.0)
+    options: dict[str, Any] = {"f_divergence": divergence}
+    options |= {"f_alpha_divergence_coef": 0.3} if divergence == "alpha_divergence" else {}
+    mixed = LossSection(type=("sigmoid", "ipo", "bco_pair_no_shift"), **options)
+    ours_B = losses(mixed, batch, policy_S, reference_S)
+    f, d, n = F_PRIMES[divergence], (policy_S - reference_S).tolist(), batch.response_lengths_S.tolist()
+    for b in range(12):
+        gap, mean_gap = f(d[b]) - f(d[12 + b]), f(d[b]) / n[b] - f(d[12 + b]) / n[12 + b]
+        expected = logistic(BETA * gap) + (mean_gap - 1 / (2 * BETA)) ** 2
+        expected += logistic(BETA * d[b]) + logistic(-BETA * d[12 + b])  # BCO has no divergence but the KL
+        assert ours_B[b].item() == pytest.approx(expected, rel=1e-9)
+    loss = LossSection(**options)
+    assert torch.autograd.gradcheck(lambda logps_S: losses(loss, batch, logps_S, reference_S), (policy_S,))
+
+
+def test_dpo_positive_and_a_clipped_logit() -> None:
+    batch = some_batch()
+    policy_S, reference_S = some_logps(batch)
+    d = (policy_S - reference_S).tolist()
+    ours = losses(section("sigmoid", dpop_lambda=5.0), batch, policy_S, reference_S).tolist()
+    assert ours == pytest.approx(
+        [logistic(BETA * (d[b] - d[12 + b] - 5 * max(0.0, -d[b]))) for b in range(12)], rel=1e-9
+    )
+    clipped = losses(section("sigmoid", logit_clip=0.2), batch, policy_S, reference_S).tolist()
+    logits = [max(-0.2, min(0.2, BETA * (d[b] - d[12 + b]))) for b in range(12)]
+    assert clipped == pytest.approx([logistic(h) for h in logits], rel=1e-9) and 0.2 in map(abs, logits)
+
+
+def test_aot_sorts_gaps() -> None:
+    batch = some_batch()
+    policy_S, reference_S = some_logps(batch)
+    p, r = policy_S.tolist(), reference_S.tolist()
+    gaps = sorted(p[b] - p[12 + b] for b in range(12))
+    reference_gaps = sorted(r[b] - r[12 + b] for b in range(12))
+    paired = [logistic(BETA * (a - b)) for a, b in zip(gaps, reference_gaps, strict=True)]
+    chosen, rejected = sorted(p[b] - r[b] for b in range(12)), sorted(p[b] - r[b] for b in range(12, 24))
+    unpaired = [logistic(BETA * (a - b)) for a, b in zip(chosen, rejected, strict=True)]
+    ours = losses(section("aot"), batch, policy_S, reference_S).tolist()
+    assert sorted(ours) == pytest.approx(sorted(paired), rel=1e-9)
+    ours = losses(section("aot_unpaired"), batch, policy_S, reference_S).tolist()
+    assert sorted(ours) == pytest.approx(sorted(unpaired), rel=1e-9)
+
+
+def test_wpo_weighs_by_how_likely_the_policy_writes_the_pair() -> None:
+    batch = some_batch()
+    policy_S, reference_S = some_logps(batch)
+    statistic_S = -40 * torch.rand(24, dtype=torch.float64)
+    objective = Objective(LossSection(type=("sigmoid", "sft"), wpo=True))
+    assert objective.statistic == "log_sum_p2"
+    pairs = objective.pairs(batch, policy_S, statistic_S, reference_S)
+    plain_B = losses(LossSection(type=("sigmoid", "sft")), batch, policy_S, reference_S)
+    means_S = (policy_S.detach() - statistic_S) / batch.response_lengths_S
+    weight_B = torch.exp(means_S[:12] + means_S[12:])
+    torch.testing.assert_close(objective.loss(pairs), weight_B * plain_B)
+    (gradient_S,) = torch.autograd.grad(objective.loss(pairs).sum(), policy_S)
+    (expected_S,) = torch.autograd.grad((weight_B * plain_B).sum(), policy_S)
+    torch.testing.assert_close(gradient_S, expected_S)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_tokens_beyond_the_shorter_response_count_less(layout: Layout) -> None:
+    """LD-DPO: sums over response tokens, one by one, under every layout."""
+    pairs, alpha = random_pairs(6), 0.3
+    batch = collate(pairs, layout, pad_token_id=0)
+    token_logps_N = -torch.rand(len(batch.labels_N), dtype=torch.float64)
+    weight_N = tail_weights(batch.response_lengths_S, batch.sequence_of_N, alpha).double()
+    ours_S = sum_by_sequence(token_logps_N * weight_N, batch.sequence_of_N, 12)
+    rest = iter(token_logps_N.tolist())
+    for s in range(12):
+        pair = pairs[s % 6]
+        lengths = len(pair.chosen_ids), len(pair.rejected_ids)
+        values = [next(rest) for _ in range(lengths[s // 6])]
+        shared = min(lengths)
+        assert ours_S[s].item() == pytest.approx(sum(values[:shared]) + alpha * sum(values[shared:]))
+
+
+ACROSS: dict[str, LossSection] = {
+    "aot": LossSection(type=("aot",)),
+    "aot_unpaired": LossSection(type=("aot_unpaired",), label_smoothing=0.1),
+    "bco_pair": LossSection(type=("bco_pair",)),
+    "mixed": LossSection(type=("sigmoid", "bco_pair", "sft", "aot"), weights=(0.8, 0.2, 1.0, 0.5)),
+    "beta_dpo": LossSection(beta_gain=0.6),
+}
+
+
+@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("sizes", [(12,), (5, 7), (1, 3, 8)])
+def test_the_slopes_of_a_step_do_not_depend_on_its_micro_batches(name: str, sizes: tuple[int, ...]) -> None:
+    """Two steps; each micro-batch's loss and gradient are those of the loss taken over the whole step at once."""
+    weight_B = torch.rand(12, dtype=torch.float64) + 0.1
+    weight_B[3] = 0
+    objective, expected = Objective(ACROSS[name]), Objective(ACROSS[name])
+    assert objective.looks_across
+    batch = some_batch()
+    for step in range(2):
+        policy_S, reference_S = some_logps(batch, seed=step)
+        whole = pairs_of(objective, batch, policy_S, reference_S)
+        slopes = objective.look_across(whole, weight_B)
+        total, offset = torch.zeros((), dtype=torch.float64), 0
+        for size in sizes:
+            rows = torch.arange(offset, offset + size)
+            part = replace(whole, **{key: value[rows] for key, value in live(whole).items()})
+            mine = Slopes(slopes.loss_B[rows], slopes.chosen_B[rows], slopes.rejected_B[rows])
+            total = total + (weight_B[rows] * objective.loss(part, mine)).sum()
+            offset += size
+        (gradient_S,) = torch.autograd.grad(total, policy_S)
+        by_hand = whole_loss(expected, whole, weight_B, ACROSS[name])
+        (expected_S,) = torch.autograd.grad(by_hand, policy_S)
+        assert total.item() == pytest.approx(by_hand.item(), rel=1e-12)
+        torch.testing.assert_close(gradient_S, expected_S, rtol=1e-10, atol=1e-12)
+        assert gradient_S[3] == gradient_S[15] == 0
+
+
+def live(pairs: PairLogps) -> dict[str, Tensor]:
+    return {spec.name: value for spec in fields(pairs) if (value := getattr(pairs, spec.name)) is not None}
+
+
+MEMORY: dict[int, dict[str, Any]] = {}
+
+
+def whole_loss(objective: Objective, pairs: PairLogps, weight_B: Tensor, loss: LossSection) -> Tensor:
+    """The loss over the step at once, with running means kept by hand; `objective` holds them from step to step."""
+    counts_B = weight_B > 0
+    some = replace(pairs, **{key: value[counts_B] for key, value in live(pairs).items()})
+    chosen_B = some.beta_B * (some.policy_chosen_logps_B - some.reference_chosen_logps_B).detach()
+    rejected_B = some.beta_B * (some.policy_rejected_logps_B - some.reference_rejected_logps_B).detach()
+    seen = MEMORY.setdefault(id(objective), {"rewards": [], "margin": torch.zeros(())})
+    seen["rewards"] += [*chosen_B.tolist(), *rejected_B.tolist()]
+    mean = (chosen_B - rejected_B).mean()
+    factor = 1 + loss.beta_gain * (mean - seen["margin"])
+    seen["margin"] = loss.beta_momentum * seen["margin"] + (1 - loss.beta_momentum) * mean
+    shift_B = torch.full_like(chosen_B, sum(seen["rewards"]) / len(seen["rewards"]))
+    return (weight_B[counts_B] * objective.loss(replace(some, shift_B=shift_B, beta_B=some.beta_B * factor))).sum()
+
+
+def test_running_means_survive_a_checkpoint_and_a_step_that_is_not_finite() -> None:
+    objective, batch = Objective(ACROSS["bco_pair"]), some_batch()
+    whole = pairs_of(objective, batch, *some_logps(batch))
+    objective.look_across(whole, batch.weight_B.double())
+    state = objective.running.state()
+    assert state["num_rewards"] == 24 and state["shift"] != 0
+    assert RunningMeans.of(json.loads(json.dumps(state))).state() == state
+    broken = replace(whole, policy_chosen_logps_B=torch.full_like(whole.beta_B, math.nan))
+    objective.look_across(broken, batch.weight_B.double())
+    assert objective.running.state() | {"last_margin": 0} == state | {"last_margin": 0}
+    objective.look_across(whole, torch.zeros(12, dtype=torch.float64))
+    assert objective.running.state() | {"last_margin": 0} == state | {"last_margin": 0}
+
+
 def test_each_pair_has_its_own_beta() -> None:
     batch = some_batch(4, beta=[0.5, math.nan, 2.0, 0.01])
     policy_S, reference_S = some_logps(batch)
@@ -253,3 +424,12 @@ def test_rewards_are_those_of_the_first_loss_that_has_any(
     ours_S = torch.cat([pairs.chosen_reward_B, pairs.rejected_reward_B])
     assert not ours_S.requires_grad
     torch.testing.assert_close(ours_S, rewards(policy_S, reference_S, batch.response_lengths_S).detach())
+
+
+def test_the_figure_of_the_guide_is_what_its_script_draws() -> None:
+    drawn, kept = draw(), (ROOT / "dpo" / "losses.svg").read_text()
+    assert drawn.count("<polyline") == 2 * len(CURVES)
+    number = re.compile(r"-?[0-9]+\.?[0-9]*")
+    assert number.sub("", drawn) == number.sub("", kept)
+    found, expected = (list(map(float, number.findall(text))) for text in (drawn, kept))
+    assert found == pytest.approx(expected, abs=0.11)

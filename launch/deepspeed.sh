@@ -20,6 +20,7 @@ while (($# > 0)); do
         --node-rank) node_rank="${2-}" ;;
         --hostfile) hostfile="${2-}" ;;
         --restarts) restarts="${2-}" ;;
+        -h | --help) usage ;;
         *) break ;;
     esac
     shift $(($# > 1 ? 2 : 1))

@@ -10,6 +10,11 @@ HOSTS=() # of a job that this machine starts through ssh; empty: the ranks here 
 # Every rank carries this word in its environment, so that signals go to the ranks of this job and to nothing else.
 export DPO_JOB="${DPO_JOB:-$$-$RANDOM$RANDOM}"
 
+usage() { # prints the comment at the top of the launcher
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
 require_count() { # option value [least]
     if [[ "$2" =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($2 >= ${3:-1})); then return; fi
     die "$1 takes a whole number, at least ${3:-1}, not ${2@Q}"

@@ -18,6 +18,7 @@ while (($# > 0)); do
         --gpus) gpus="${2-}" ;;
         --master) master="${2-}" ;;
         --restarts) restarts="${2-}" ;;
+        -h | --help) usage ;;
         *) break ;;
     esac
     shift $(($# > 1 ? 2 : 1))

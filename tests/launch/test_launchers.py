@@ -139,6 +139,23 @@ def test_wrong_options_are_refused_in_one_line(command: str, refusal: str) -> No
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "submit.sh"])
+def test_help_shows_how_to_call_it(script: str) -> None:
+    done = dry(script, "--help", PATH=os.environ["PATH"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"launch/{script} --" in done.stdout
+    assert "--gpus" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+@pytest.mark.parametrize(("flag", "said"), [("--no.such", "unknown flag '--no.such'"), ("--config", "no-such.yaml")])
+def test_a_wrong_config_is_one_line_before_anything_is_started(script: str, flag: str, said: str) -> None:
+    done = dry(script, "--gpus", "2", flag, "no-such.yaml", DRY_RUN="0", VIRTUAL_ENV=sys.prefix)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_master_that_does_not_exist_is_one_line_at_once(script: str) -> None:
     options = ["--nodes", "2", "--gpus", "1", "--master", "no-such-host.invalid"]

@@ -47,6 +47,15 @@ def export(
     return directory
 
 
+def loading_code(directory: Path) -> str:
+    """Three lines of Python that load what `export` wrote, adapter (with peft installed) or model."""
+    return (
+        "  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'  model = AutoModelForCausalLM.from_pretrained("{directory}")\n'
+        f'  tokenizer = AutoTokenizer.from_pretrained("{directory}")'
+    )
+
+
 def _as_adapter(engine: Engine, directory: Path, weights: dict[str, Tensor]) -> None:
     engine.policy.model.save_pretrained(str(directory), state_dict=weights, save_embedding_layers=False)
 

@@ -224,8 +224,8 @@ class Journal:
             "eval_before": self.totals.eval_before,
         }
 
-    def write_summary(self, after: dict[str, float], seconds: float) -> None:
-        """summary.json of a run that has ended; `after` is its last evaluation."""
+    def write_summary(self, after: dict[str, float], seconds: float, answers: dict[str, Any]) -> None:
+        """summary.json of a run that has ended; `after` is its last evaluation, `answers` what they come to."""
         before = self.totals.eval_before
         self._log.summary(
             {
@@ -236,6 +236,7 @@ class Journal:
                     "accuracy_length_controlled", "eval_rewards/accuracies_length_controlled", before, after
                 ),
                 **_before_after("chosen_drift", "eval_drift/chosen", before, after),
+                **answers,
                 "steps": self._plan.num_steps,
                 "pairs": self.totals.pairs_seen,
                 "seconds": seconds,

@@ -16,6 +16,7 @@ from data_utils.schema import Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
+from dpo.answers import Answers
 from dpo.build import (
     choose_layout,
     max_length,
@@ -56,6 +57,7 @@ class Parts:
         notes: lines for people about the data.
         layout, why_layout: of the batches, and why.
         dtype: of compute.
+        answers: to the held-out prompts, where `eval.generate` asks for them.
         sizes: numbers of parameters.
         trained: "lora" or "full".
     """
@@ -82,6 +84,7 @@ class Parts:
         self.layout, self.why_layout = choose_layout(config, self.source, reference_source)
         self.dtype = compute_dtype(config.model.dtype, world.device)
         self.held_out = self._held_out()
+        self.answers = self._answers(self.held_out)
         self._open_run_directory()
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
@@ -102,6 +105,14 @@ class Parts:
         shards, notes = open_shards(self.config.data.eval, self.config, self.world, self.scratch, self.record)
         self.notes += notes
         return shards
+
+    def _answers(self, held_out: ShardSet | None) -> Answers | None:
+        if not self.config.eval.generate:
+            return None
+        assert held_out is not None, "Config refuses it"
+        path = self.log.directory / "answers.jsonl"
+        pair_tokenizer = self._pair_tokenizer()
+        return Answers(held_out, pair_tokenizer, self.tokenizer, self.config, self.world, self.terminal, path)
 
     def _open_run_directory(self) -> None:
         self.world.together(self.log.lock)

@@ -50,6 +50,11 @@ def make_plan(config: Config, world_size: int, pairs_per_epoch: int) -> Plan:
             f"{pairs_per_step}: set --batch.pairs_per_step to at most {pairs_per_epoch}, or add data"
         )
     engine = _choose_engine(config, world_size)
+    if config.eval.generate and engine != "single":
+        raise ConfigError(
+            f"eval.generate answers with one process and the single engine, not {world_size} under {engine}: "
+            "set --eval.generate false"
+        )
     steps_per_epoch = math.ceil(pairs_per_epoch / pairs_per_step)
     num_steps = config.train.epochs * steps_per_epoch
     if config.train.max_steps is not None:

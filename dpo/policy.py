@@ -225,7 +225,8 @@ class Policy(nn.Module):
         self.causal_lm.set_attn_implementation(self.stock_attention if layout == "padded" else attention.DOCUMENTS)
 
     @contextmanager
-    def _stock(self) -> Iterator[None]:
+    def own_attention(self) -> Iterator[None]:
+        """The model's own attention, for what is not a batch of a layout of ours."""
         self.causal_lm.set_attn_implementation(self.stock_attention)
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -250,7 +251,7 @@ class Policy(nn.Module):
             logps_S: (S,) summed log-probs of the responses, fp32. statistic_S: (S,) or None.
         """
         if own_logits:
-            with self._stock():
+            with self.own_attention():
                 return self._score_by_own_logits(batch), None
         hidden_RTH = self._hidden(batch)
         scored_NH = hidden_RTH.flatten(0, 1)[batch.score_positions_N]

@@ -16,7 +16,7 @@ from dpo.beat import Beat
 from dpo.clock import Clock
 from dpo.config import Config
 from dpo.engine import StepResult
-from dpo.final import export
+from dpo.final import export, loading_code
 from dpo.gates import require_step0, step0_gap
 from dpo.journal import Journal
 from dpo.loss import PairLogps
@@ -79,7 +79,8 @@ class Run:
         self.journal.hello(first)
         if first == 0:
             self._check_step0()
-            self.journal.totals.eval_before = self.evaluate(0) if self.config.eval.before else {}
+            if self.config.eval.before:
+                self._measure_before()
         self.journal.start(first)
         self.watchdog.step = done = first
         self.beat.step(first)
@@ -95,6 +96,13 @@ class Run:
                 self.saver.save(done)
             self.reference.close()
             raise
+
+    def _measure_before(self) -> None:
+        """Evaluate and answer with the model before training."""
+        self.journal.totals.eval_before = self.evaluate(0)
+        if self.parts.answers is not None:
+            with self.clock.phase("answers"):
+                self.parts.answers.before(self.engine.policy)
 
     def _check_step0(self) -> None:
         """Hold policy against reference on this rank's first pairs."""
@@ -168,16 +176,21 @@ class Run:
         self.saver.settle()
         after = self.evaluate(steps)
         parts = self.parts
+        if parts.answers is not None:
+            with self.clock.phase("answers"):
+                parts.answers.after(self.engine.policy)
         directory = self.log.directory / "final"
         with self.clock.phase("export"):
             final = export(directory, self.engine, parts.source, parts.tokenizer, self.config, parts.dtype, self.world)
-        self.journal.write_summary(after, seconds)
+        self.journal.write_summary(after, seconds, {} if parts.answers is None else parts.answers.summary())
         self.reference.close()
         self.log.status("finished", steps, 0)
         if after:
             self.terminal.before_after(totals.eval_before, after)
+        if parts.answers is not None:
+            parts.answers.show()
         self.terminal.say(f"{steps} steps, {totals.pairs_seen} pairs in {duration(seconds)}")
-        self.terminal.say(f"model      {final}")
+        self.terminal.say(f"model      {final}; to load it:\n{loading_code(final)}")
         if self.world.is_main:
             self._report()
 

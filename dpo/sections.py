@@ -428,16 +428,32 @@ class LogSection:
 
 @dataclass(frozen=True)
 class EvalSection:
-    """Evaluation on data.eval: always over the whole set, always at the end."""
+    """Evaluation on data.eval: its whole set is scored, always at the end; its prompts are answered on request."""
 
     every_steps: int | None = None
     """Evaluate every so many steps; none: only before and after training."""
     before: bool = True
     """Evaluate before the first step."""
+    generate: bool = False
+    """Let the policy answer the held-out prompts greedily, before and after training; answers.jsonl in the run
+    directory holds both. One process in this version."""
+    checker: str | None = None
+    """Function that grades an answer, as module:function or path/to/file.py:function: called with the pair and the
+    answer, it returns a bool or a number from 0 to 1; summary.json has the means in all and by the rows' source."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens; a longer one is cut."""
+    num_prompts: int | None = None
+    """Ask so many held-out prompts, spread over the set; none: all of them."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None:
             at_least("eval.every_steps", self.every_steps, 1)
+        at_least("eval.max_new_tokens", self.max_new_tokens, 1)
+        if self.num_prompts is not None:
+            at_least("eval.num_prompts", self.num_prompts, 1)
+        if not self.generate:
+            names = ("checker", "max_new_tokens", "num_prompts")
+            unchanged(self, "eval", names, "eval.generate=false", "--eval.generate true")
 
 
 @dataclass(frozen=True)
@@ -484,6 +500,8 @@ class Config:
             object.__setattr__(self, "optim", replace(self.optim, learning_rate=default))
         if self.eval.every_steps is not None:
             require(len(self.data.eval) > 0, "eval.every_steps needs held-out pairs: set --data.eval, or drop it")
+        if self.eval.generate:
+            require(len(self.data.eval) > 0, "eval.generate needs held-out prompts: set --data.eval, or drop it")
         if self.export.merge_lora:
             require(self.lora.r > 0, "export.merge_lora does nothing with lora.r=0: set --lora.r 16, or drop it")
         if self.loss.router_aux_loss_coef and self.train.compile:

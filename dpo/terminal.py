@@ -7,15 +7,23 @@ columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-LABELS = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
+LABELS = {
+    "eval_loss": "loss",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_rewards/margins": "margin",
+    "eval_drift/chosen": "drift of log p(chosen)",
+    "eval_drift/rejected": "drift of log p(rejected)",
+}
+Item = TypeVar("Item")
 
 
 class Terminal:
@@ -94,6 +102,16 @@ class Terminal:
             table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
         self.console.print(table)
 
+    def progress(self, items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
+        """The items one by one, with a bar on a terminal and a line elsewhere."""
+        if not self._is_live:
+            self.say(f"{what}: {len(items)} {unit}")
+            yield from items
+            return
+        columns = (TextColumn(what), MofNCompleteColumn(), TextColumn(unit), BarColumn(bar_width=8))
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
+            yield from progress.track(items)
+
     def before_after(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         """The held-out set before and after training."""
         table = Table(title=f"held-out pairs: {after['eval_pairs']:.0f}", title_justify="left")
@@ -102,6 +120,43 @@ class Terminal:
         for key, label in LABELS.items():
             table.add_row(label, f"{before[key]:.4f}" if before else "-", f"{after[key]:.4f}")
         self.console.print(table)
+
+    def shares(
+        self,
+        num_answers: int,
+        before: Mapping[str, float | None] | None,
+        after: Mapping[str, float | None] | None,
+        degenerate: tuple[float | None, float | None],
+    ) -> None:
+        """Which share of the answers passes the checker, in all and by kind, and which is empty, cut or repeats."""
+        table = Table(title=f"answers to held-out prompts: {num_answers}", title_justify="left")
+        for heading in ("", "before", "after"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for kind, share in (after or {}).items():
+            label = "pass the checker" if kind == "all" else f"  {kind}"
+            table.add_row(label, _percent((before or {}).get(kind)), _percent(share))
+        table.add_row("empty, cut or repeating", *map(_percent, degenerate))
+        self.console.print(table)
+
+    def side_by_side(self, title: str, left: tuple[str, str], right: tuple[str, str]) -> None:
+        """Two texts, each with its heading, next to each other."""
+        width = min(self.console.width, 100)
+        self.say("")
+        self.say(textwrap.fill(_printable(title), width))
+        table = Table(width=width)
+        for heading, _ in (left, right):
+            table.add_column(Text(heading), ratio=1, overflow="fold")
+        table.add_row(Text(_printable(left[1])), Text(_printable(right[1])))
+        self.console.print(table)
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,8 @@
 #   launch/setup.sh [--dev]      make the environment, or check in a moment that it is still right
 #   source launch/setup.sh       for other scripts: defines ROOT, PYTHON, die and setup_environment [--dev]
 #
+# Works from any directory, with Python 3.11 to 3.13 and pip's own settings for a mirror (PIP_INDEX_URL, pip.conf).
+# Interrupted, it goes on where it was: pip keeps what it has fetched and installed.
 # Uses the active virtual environment, else <repository>/.venv, which it makes. --dev adds requirements-dev.txt.
 set -euo pipefail
 
@@ -21,16 +23,22 @@ die() { # message [exit code]
 
 say() { echo "setup: $1" >&2; }
 
-base_python() { # the name of a Python that can make our environment
-    local name
-    for name in python3 python3.12 python3.11 python3.13; do
-        if "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-            echo "$name"
-            return
-        fi
+base_python() { # the name of a Python that can make our environment; one that the tests have run on, if there is one
+    local name newest
+    for newest in 3.13 9; do
+        for name in python3 python3.13 python3.12 python3.11; do
+            if "$name" - "$newest" >/dev/null 2>&1 <<<"$USABLE"; then
+                echo "$name"
+                return
+            fi
+        done
     done
     die "no Python 3.11 or newer with the venv module was found; install one (Debian, Ubuntu: apt-get install python3 python3-venv)"
 }
+USABLE='
+import ensurepip, sys, venv
+newest = tuple(map(int, sys.argv[1].split(".")))
+sys.exit(not (3, 11) <= sys.version_info[:2] <= newest)'
 
 wanted() { # [--dev]: the text that decides whether the environment is up to date
     cat "$ROOT/requirements.txt"
@@ -49,10 +57,20 @@ up_to_date() { # [--dev]: an environment with the development requirements serve
 }
 
 pip_install() { # what it is, then pip's arguments
-    say "installing $1 into $VENV"
-    "$PYTHON" -m pip install --disable-pip-version-check --no-input "${@:2}" >>"$SETUP_LOG" 2>&1 && return
+    say "installing $1"
+    PIP_PROGRESS_BAR=off "$PYTHON" -m pip install --disable-pip-version-check --no-input "${@:2}" 2>&1 |
+        tee -a "$SETUP_LOG" | large_downloads >&2 && return
     grep -E '^ *(ERROR|error)' "$SETUP_LOG" | tail -n 3 >&2 || true
     die "pip could not install $1; is the package index reachable? The whole story is in $SETUP_LOG"
+}
+
+large_downloads() { # pip's words on files of 10 MB and more, as they come: what is fetched, and how large it is
+    local line
+    while IFS= read -r line; do
+        if [[ "$line" =~ Downloading\ ([^[:space:]]+)\ \(([0-9]{2,}(\.[0-9]+)?\ MB|[0-9.]+\ GB)\) ]]; then
+            say "  fetching ${BASH_REMATCH[1]##*/} (${BASH_REMATCH[2]})" 2>&1
+        fi
+    done
 }
 
 pinned() { # name: its line of requirements.txt, without the comment
@@ -74,6 +92,7 @@ install_requirements() { # [--dev]
     if [[ "${1:-}" == --dev ]]; then files+=(-r "$ROOT/requirements-dev.txt"); fi
     : >"$SETUP_LOG"
     "$PYTHON" -m pip --version >/dev/null 2>&1 || make_venv
+    say "in $VENV, once; what pip says goes to $SETUP_LOG"
     # DeepSpeed comes as source and its build asks the installed torch which operators fit, so the order matters.
     pip_install "$torch (some minutes the first time)" "$torch" setuptools wheel packaging ninja py-cpuinfo
     pip_install "$deepspeed" --no-build-isolation "$deepspeed"

@@ -1,315 +1,200 @@
 #!/usr/bin/env python3
-"""Write the quickstart's preference pairs: instructions whose fulfilment a program can check.
+"""Make the quickstart's pairs: SmolLM2-135M-Instruct answers, a program picks what does as it was told and what not.
 
-    python data/quickstart/make_pairs.py [FOLDER]      (default: the folder of this script)
+    python data/quickstart/make_pairs.py [--out FOLDER] [--samples FILE] [--only_pick]
 
-Each pair asks for something on an everyday topic under one condition of form (the kinds of `CHECKS`). `chosen` keeps
-the condition; `rejected` is as true and as fluent, and ignores it, the way a small model does. What is said comes from
-knowledge.json, how it is asked from the templates below, and all choices from one seed: the same files come out, byte
-for byte, wherever it runs. No topic, list, question or table row of eval.jsonl is used in train.jsonl.
+`chosen` was said after two worked examples on other topics, which the model imitates, and does what the instruction
+asks; `rejected` was said when it was asked about the topic without any condition, and does not. Both are the model's
+own words; the pair holds the instruction alone, without the examples. Without them the model does as asked one time
+in ten.
+
+Sampling takes some minutes of one CPU core. Stopped or killed, the same command goes on: answers are kept, batch by
+batch, in the file of --samples. The seeds are fixed; another machine or version rounds differently and gives other
+texts, so the files that ship are the ones to compare with. --only_pick makes them again from the kept answers.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SEED = 20
-NUM_EVAL = {"topics": 6, "lists": 5, "questions": 6, "rows": 6}
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
-ASKS = [
-    "Tell me something about {topic}.",
-    "Write one sentence about {topic}.",
-    "Give me a fact about {topic}.",
-    "What is worth knowing about {topic}?",
-    "Share a short fact about {topic}.",
-    "Say something true about {topic}.",
-]
-OPENERS = ["Fun fact:", "In short:", "Answer:", "Here is one:", "Good question!", "Listen:"]
-CHATTER = ["", "", "", "Sure! ", "Of course. ", "Happy to help. "]
-NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
-LETTERS = "bcdfghkmpuvwy"
+from checkers import CHECKERS, words  # noqa: E402
+from instructions import SEED, Instruction, Side, groups, plain, topics  # noqa: E402
+
+MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
+SAMPLES = ROOT / ".cache" / "quickstart-samples.jsonl"
+SIDES: tuple[Side, ...] = ("eval", "train")
+MAX_TOKENS = 64
+NUM_PAIRS = {"train": 2, "eval": 1}
+"""Pairs per instruction at most, with no rejected answer twice."""
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"[\w'-]+", text)
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the model answers at a time.
+
+    Attributes:
+        prompts: names of what is answered, in the file of answers.
+        conversations: what the model is given for each.
+    """
+
+    prompts: list[str]
+    conversations: list[list[dict[str, str]]]
+    num_samples: int
+    temperature: float
+    max_new_tokens: int
 
 
-def sentences(text: str) -> list[str]:
-    return re.findall(r"[^.!?]+[.!?]", text)
+def batches() -> Iterator[Batch]:
+    """Everything there is to answer: topics without a condition, then instructions after their examples."""
+    for side in SIDES:
+        prompts = [plain(topic) for topic in topics(side)]
+        for first in range(0, len(prompts), 40):
+            some = prompts[first : first + 40]
+            yield Batch(some, [[turn("user", prompt)] for prompt in some], NUM_PAIRS[side], 0.8, MAX_TOKENS)
+        for group in groups(side):
+            yield Batch([one.prompt for one in group], [shown(one) for one in group], 2, 0.6, 48)
 
 
-def is_json_object(text: str, keys: list[str]) -> bool:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(value, dict) and sorted(value) == sorted(keys)
+def turn(role: str, text: str) -> dict[str, str]:
+    """A message."""
+    return {"role": role, "content": text}
 
 
-def has_lines(text: str, markers: list[str]) -> bool:
-    """Whether there is one line per marker, each beginning with its own and saying something."""
-    lines = text.split("\n")
-    return len(lines) == len(markers) and all(
-        line.startswith(m) and len(line) > len(m) for line, m in zip(lines, markers, strict=True)
-    )
+def shown(instruction: Instruction) -> list[dict[str, str]]:
+    """The conversation in which an instruction comes after its examples."""
+    turns = [(turn("user", asked), turn("assistant", said)) for asked, said in instruction.examples]
+    return [*chain(*turns), turn("user", instruction.prompt)]
 
 
-# kind -> whether a response keeps the condition, given what the prompt asked for
-CHECKS: dict[str, Callable[[str, Any], bool]] = {
-    "one_word": lambda text, _: len(words(text)) == 1,
-    "bullets": lambda text, n: has_lines(text, ["- "] * n),
-    "numbered": lambda text, n: has_lines(text, [f"{i}. " for i in range(1, n + 1)]),
-    "all_caps": lambda text, _: text.isupper(),
-    "lowercase": lambda text, _: text.islower(),
-    "ends_with": lambda text, word: words(text)[-1] == word,
-    "starts_with": lambda text, opener: text.startswith(opener),
-    "max_words": lambda text, n: len(words(text)) <= n,
-    "sentences": lambda text, n: len(sentences(text)) == n,
-    "json_keys": is_json_object,
-    "without_letter": lambda text, letter: letter not in text.lower(),
-}
+def sample(file: Path) -> None:
+    """Answer everything that the file has no answers to, with a progress bar."""
+    import torch
+    from rich.progress import track
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dpo.generate import Decoding, answer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    stop_ids = frozenset([tokenizer.eos_token_id])
+    done = kept(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    left = [(number, batch) for number, batch in enumerate(batches()) if batch.prompts[-1] not in done]
+    for number, batch in track(left, "sampling"):
+        texts = tokenizer.apply_chat_template(batch.conversations, tokenize=False, add_generation_prompt=True)
+        decoding = Decoding(batch.max_new_tokens, stop_ids, batch.temperature, batch.num_samples, SEED + number)
+        answers = answer(model, tokenizer(texts)["input_ids"], decoding, torch.device("cpu"))
+        with open(file, "a", encoding="utf-8") as out:
+            for prompt, mine in zip(batch.prompts, answers, strict=True):
+                said = [{"text": tokenizer.decode(one.ids).strip(), "ended": one.ended} for one in mine]
+                out.write(json.dumps({"prompt": prompt, "answers": said}, ensure_ascii=False) + "\n")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One pair, and what its prompt asked for as `CHECKS[kind]` takes it."""
-
-    kind: str
-    asked: Any
-    prompt: str
-    chosen: str
-    rejected: str
-
-    def check(self) -> None:
-        keeps = CHECKS[self.kind]
-        assert keeps(self.chosen, self.asked), f"chosen breaks {self.kind}: {self}"
-        assert not keeps(self.rejected, self.asked), f"rejected keeps {self.kind}: {self}"
-
-    def row(self) -> dict[str, object]:
-        return {
-            "prompt": [{"role": "user", "content": self.prompt}],
-            "chosen": [{"role": "assistant", "content": self.chosen}],
-            "rejected": [{"role": "assistant", "content": self.rejected}],
-            "source": self.kind,
-        }
+def kept(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """prompt -> its answers; a line that a killed process left torn is not counted."""
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            found[row["prompt"]] = row["answers"]
+    return found
 
 
-class Writer:
-    """Makes pairs of every kind out of pieces of knowledge, with one source of chance."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-
-    def ask(self, topic: str, *conditions: str) -> str:
-        """The question and one wording of the condition, in either order."""
-        parts = [self.rng.choice(ASKS).format(topic=topic), self.rng.choice(conditions)]
-        if self.rng.random() < 0.25:
-            parts.reverse()
-        return " ".join(parts)
-
-    def chatty(self, text: str) -> str:
-        return self.rng.choice(CHATTER) + text
-
-    def all_caps(self, topic: str, facts: list[str]) -> Pair:
-        chosen, other = self.rng.sample(facts, 2)
-        prompt = self.ask(topic, "Write in all capital letters.", "Use capital letters only.", "Answer in ALL CAPS.")
-        rejected = self.rng.choice([chosen, other, other.replace(words(other)[1], words(other)[1].upper(), 1)])
-        return Pair("all_caps", None, prompt, chosen.upper(), self.chatty(rejected))
-
-    def lowercase(self, topic: str, facts: list[str]) -> Pair:
-        chosen, other = self.rng.sample(facts, 2)
-        prompt = self.ask(
-            topic, "Use only lowercase letters.", "Do not use any capital letters.", "Write everything in lower case."
-        )
-        rejected = self.rng.choice([self.chatty(chosen), self.chatty(other), other.title()])
-        return Pair("lowercase", None, prompt, chosen.lower(), rejected)
-
-    def ends_with(self, topic: str, facts: list[str]) -> Pair:
-        chosen = self.rng.choice(facts)
-        word = words(chosen)[-1]
-        other = self.rng.choice([fact for fact in facts if words(fact)[-1] != word])
-        conditions = (
-            f'End with the word "{word}".',
-            f'The last word must be "{word}".',
-            f'Finish on the word "{word}".',
-        )
-        return Pair("ends_with", word, self.ask(topic, *conditions), chosen, self.chatty(other))
-
-    def starts_with(self, topic: str, facts: list[str]) -> Pair:
-        opener, wrong = self.rng.sample(OPENERS, 2)
-        chosen, other = self.rng.sample(facts, 2)
-        prompt = self.ask(
-            topic,
-            f'Begin with "{opener}"',
-            f'Your answer must start with "{opener}"',
-            f'Start your reply with "{opener}"',
-        )
-        rejected = self.rng.choice([self.chatty(other), self.chatty(chosen), f"{wrong} {other}"])
-        return Pair("starts_with", opener, prompt, f"{opener} {chosen}", rejected)
-
-    def max_words(self, topic: str, facts: list[str]) -> Pair:
-        chosen, first, second = self.rng.sample(facts, 3)
-        limit = max(len(words(chosen)), 6) + self.rng.randrange(2)
-        rejected = f"{first} {second}"
-        prompt = self.ask(
-            topic,
-            f"Use at most {limit} words.",
-            f"Keep it to {limit} words or fewer.",
-            f"Your answer may not be longer than {limit} words.",
-        )
-        return Pair("max_words", limit, prompt, chosen, self.chatty(rejected))
-
-    def sentences(self, topic: str, facts: list[str]) -> Pair:
-        count = self.rng.choice([2, 2, 3])
-        wrong = self.rng.choice([n for n in (1, 2, 3, 4) if n != count])
-        number = NUMBER_WORDS[count]
-        prompt = self.rng.choice(
-            [
-                f"Describe {topic} in exactly {number} sentences.",
-                f"Write exactly {number} sentences about {topic}.",
-                f"What should I know about {topic}? Answer in {number} sentences, no more and no less.",
-            ]
-        )
-        chosen, rejected = (" ".join(self.rng.sample(facts, n)) for n in (count, wrong))
-        return Pair("sentences", count, prompt, chosen, rejected)
-
-    def without_letter(self, topic: str, facts: list[str]) -> Pair:
-        def split(letter: str) -> tuple[list[str], list[str]]:
-            free = [fact for fact in facts if letter not in fact.lower()]
-            return free, [fact for fact in facts if fact not in free]
-
-        letter = self.rng.choice([c for c in LETTERS if all(split(c)) and c not in topic.lower()])
-        free, bound = split(letter)
-        prompt = self.ask(
-            topic,
-            f'Do not use the letter "{letter}".',
-            f'Avoid the letter "{letter}" completely.',
-            f'The letter "{letter}" must not appear in your answer.',
-        )
-        return Pair("without_letter", letter, prompt, self.rng.choice(free), self.chatty(self.rng.choice(bound)))
-
-    def bullets(self, name: str, items: list[str], count: int) -> Pair:
-        number, chosen = NUMBER_WORDS[count], self.rng.sample(items, count)
-        prompt = self.rng.choice(
-            [
-                f"Name some {name}. Answer with exactly {number} bullet points, each starting with a dash.",
-                f'Give me exactly {number} {name} as a list with "- " before each one.',
-                f"I need {number} {name}, one per line, each line starting with a dash.",
-            ]
-        )
-        prose = f"{', '.join(chosen[:-1])} and {chosen[-1]}."
-        too_many = "\n".join(f"- {item}" for item in items)
-        numbered = "\n".join(f"{i}. {item}" for i, item in enumerate(chosen, 1))
-        rejected = self.rng.choice([f"Some {name} are: {prose}", too_many, numbered])
-        return Pair("bullets", count, prompt, "\n".join(f"- {item}" for item in chosen), rejected)
-
-    def numbered(self, name: str, items: list[str], count: int) -> Pair:
-        number, chosen = NUMBER_WORDS[count], self.rng.sample(items, count)
-        prompt = self.rng.choice(
-            [
-                f"List {number} {name} as a numbered list.",
-                f"Give me a numbered list from 1 to {count} of {name}.",
-                f"Write down {number} {name}. Number the lines 1 to {count}.",
-            ]
-        )
-        prose = f"Here are {number} {name}: {', '.join(chosen)}."
-        dashes = "\n".join(f"- {item}" for item in chosen)
-        rejected = self.rng.choice([prose, dashes, f"Some {name}:\n{dashes}"])
-        return Pair("numbered", count, prompt, "\n".join(f"{i}. {item}" for i, item in enumerate(chosen, 1)), rejected)
-
-    def one_word(self, question: str, word: str, long_answer: str) -> Pair:
-        prompt = self.rng.choice(
-            [
-                f"{question} Answer with one word.",
-                f"{question} Reply with a single word only.",
-                f"Answer in exactly one word: {question}",
-                f"{question} One word, please.",
-            ]
-        )
-        return Pair("one_word", None, prompt, word + self.rng.choice(["", "."]), self.chatty(long_answer))
-
-    def json_keys(self, table: dict[str, Any], row: list[str], keys: list[str]) -> Pair:
-        values = dict(zip(table["keys"], row, strict=True))
-        about = table["about"].format(**values)
-        named = " and ".join(f'"{key}"' for key in keys)
-        prompt = self.rng.choice(
-            [
-                f"Describe {about} as a JSON object with exactly the keys {named}.",
-                f"Return only a JSON object with the keys {named} for {about}.",
-                f"Tell me about {about} in JSON. The keys must be {named}.",
-            ]
-        )
-        prose = table["prose"].format(**values)
-        bare = ", ".join(f"{key}: {values[key]}" for key in keys)
-        rejected = self.rng.choice([prose, prose, bare, json.dumps({"answer": prose})])
-        return Pair("json_keys", keys, prompt, json.dumps({key: values[key] for key in keys}), rejected)
+def is_repetitive(text: str) -> bool:
+    """Whether three words in a row come twice."""
+    seen = words(text.lower())
+    triples = list(zip(seen, seen[1:], seen[2:], strict=False))
+    return len(set(triples)) < len(triples)
 
 
-def topic_pairs(writer: Writer, topics: list[tuple[str, list[str]]]) -> Iterator[Pair]:
-    kinds = (
-        writer.all_caps,
-        writer.lowercase,
-        writer.ends_with,
-        writer.starts_with,
-        writer.max_words,
-        writer.sentences,
-    )
-    for topic, facts in topics:
-        for make in (*kinds, writer.without_letter):
-            yield make(topic, facts)
+def good_answers(instruction: Instruction, answers: list[dict[str, Any]], common: set[str]) -> list[str]:
+    """Answers that do what is asked, name the topic, repeat nothing and are no example's; none twice."""
+    stem = re.sub(r"(ies|es|s)$", "", instruction.topic.split()[-1])
+    examples = {said for _, said in instruction.examples}
+    found = []
+    for answer in answers:
+        text = answer["text"]
+        fits = text.strip(".").lower() in common if instruction.kind == "one_word" else stem in text.lower()
+        sound = answer["ended"] and fits and not is_repetitive(text) and text not in examples
+        if sound and CHECKERS[instruction.kind](instruction.prompt, text):
+            found.append(text)
+    return list(dict.fromkeys(found))
 
 
-def table_rows(knowledge: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    return [(table, row) for table in knowledge["tables"] for row in table["rows"]]
+def bad_answers(instruction: Instruction, answers: list[dict[str, Any]]) -> list[str]:
+    """Answers that do not do what is asked; those that were cut, up to their last whole sentence."""
+    found = []
+    for answer in sorted(answers, key=lambda answer: not answer["ended"]):
+        text = answer["text"] if answer["ended"] else re.sub(r"(?s)(.*[.!?])[^.!?]*", r"\1", answer["text"])
+        if len(words(text)) >= 2 and not CHECKERS[instruction.kind](instruction.prompt, text):
+            found.append(text)
+    return list(dict.fromkeys(found))
 
 
-def split(knowledge: dict[str, Any], rng: random.Random) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Every piece of knowledge on one side: name -> (train, eval)."""
-    pieces = {
-        "topics": list(knowledge["topics"].items()),
-        "lists": list(knowledge["lists"].items()),
-        "questions": list(knowledge["questions"]),
-        "rows": table_rows(knowledge),
-    }
-    for items in pieces.values():
-        rng.shuffle(items)
-    return {name: (items[NUM_EVAL[name] :], items[: NUM_EVAL[name]]) for name, items in pieces.items()}
+def common_words(answers: dict[str, list[dict[str, Any]]]) -> set[str]:
+    """Words that two of all answers hold: the model makes up words, but not the same ones."""
+    texts = [answer["text"] for mine in answers.values() for answer in mine]
+    counts = Counter(word for text in texts for word in set(words(text.lower())))
+    return {word for word, count in counts.items() if count >= 2}
 
 
-def make_pairs(pieces: dict[str, list[Any]], rng: random.Random) -> list[Pair]:
-    """All pairs of one side, checked, in random order."""
-    writer = Writer(rng)
-    pairs = list(topic_pairs(writer, pieces["topics"]))
-    for name, items in pieces["lists"]:
-        pairs += [writer.bullets(name, items, rng.choice([3, 4])), writer.numbered(name, items, rng.choice([3, 4]))]
-    pairs += [writer.one_word(*question) for question in pieces["questions"]]
-    for table, row in pieces["rows"]:
-        keys = [table["keys"][0], rng.choice(table["keys"][1:])]
-        pairs.append(writer.json_keys(table, row, keys))
-    for pair in pairs:
-        pair.check()
-    rng.shuffle(pairs)
+def pick(file: Path, side: Side) -> list[dict[str, Any]]:
+    """The pairs of one side, in random order."""
+    answers, per_kind = kept(file), Counter[str]()
+    common = common_words(answers)
+    pairs = []
+    for instruction in (one for group in groups(side) for one in group):
+        good = good_answers(instruction, answers.get(instruction.prompt, []), common)
+        bad = bad_answers(instruction, answers.get(plain(instruction.topic), []))
+        num_pairs = min(NUM_PAIRS[side], len(bad)) if good else 0
+        new = [(good[place % len(good)], bad[place]) for place in range(num_pairs)]
+        pairs += [pair_row(instruction, chosen, rejected) for chosen, rejected in new]
+        per_kind[instruction.kind] += len(new)
+    random.Random(SEED).shuffle(pairs)
+    print(f"{side}: {len(pairs)} pairs; " + ", ".join(f"{kind} {count}" for kind, count in per_kind.items()))
     return pairs
 
 
-def main(argv: list[str]) -> None:
-    folder = Path(argv[0]) if argv else HERE
-    rng = random.Random(SEED)
-    sides = split(json.loads((HERE / "knowledge.json").read_text(encoding="utf-8")), rng)
-    for side, name in enumerate(("train", "eval")):
-        pairs = make_pairs({piece: both[side] for piece, both in sides.items()}, rng)
-        text = "".join(json.dumps(pair.row(), ensure_ascii=False) + "\n" for pair in pairs)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        print(f"{folder / name}.jsonl: {len(pairs)} pairs")
+def pair_row(instruction: Instruction, chosen: str, rejected: str) -> dict[str, Any]:
+    """A row of the file."""
+    return {
+        "prompt": [turn("user", instruction.prompt)],
+        "chosen": [turn("assistant", chosen)],
+        "rejected": [turn("assistant", rejected)],
+        "source": instruction.kind,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample what is missing, then write both files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of train.jsonl and eval.jsonl")
+    parser.add_argument("--samples", type=Path, default=SAMPLES, help="file of the model's answers, kept between calls")
+    parser.add_argument("--only_pick", action="store_true", help="write the pairs of the answers that are there")
+    options = parser.parse_args(argv)
+    if not options.only_pick:
+        sample(options.samples)
+    for side in SIDES:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pick(options.samples, side))
+        (options.out / f"{side}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,22 @@ def check_training(arguments: list[str]) -> None:
     run(sys.executable, "train_dpo.py", *arguments, "--print-config")
 
 
+def with_hostfile(words: list[str]) -> list[str]:
+    """The command with a file of hosts that is there in place of the reader's own."""
+    if "--hostfile" not in words:
+        return words
+    with tempfile.NamedTemporaryFile("w", suffix=".hosts", delete=False) as hosts:
+        hosts.write("node1 slots=8\nnode2 slots=8\n")
+    place = words.index("--hostfile") + 1
+    return [*words[:place], hosts.name, *words[place + 1 :]]
+
+
 def check_command(command: str) -> None:
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
     if words[0] in COVERED:
         return
     if words[0].startswith("launch/"):
-        printed = shlex.split(run(*words, DRY_RUN="1"))
+        printed = shlex.split(run(*with_hostfile(words), DRY_RUN="1"))
         trainer = [index for index, word in enumerate(printed) if word.endswith("train_dpo.py")]
         check_training(printed[trainer[-1] + 1 :])
     elif words[1] == "-m":

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def test_quickstart_dry_run_passes_flags_on() -> None:
     assert setup == [str(ROOT / "launch/setup.sh")]
     assert model[1:] == [str(ROOT / "launch/quickstart_model.py")]
     assert train[2:] == [
-        str(ROOT / "train_dpo.py"), "--config", "launch/recipes/quickstart.yaml", "--train.max_steps", "2",
+        str(ROOT / "train_dpo.py"), "--config", "launch/recipes/quickstart.yaml",
+        "--eval.generate", "true", "--eval.checker", "data/quickstart/checkers.py:obeys", "--eval.max_new_tokens", "64",
+        "--train.max_steps", "2",
     ]  # fmt: skip
 
 
@@ -166,6 +169,39 @@ def test_a_failed_installation_is_an_error_and_is_tried_again(tmp_path: Path) ->
         assert done.returncode == 2
         assert "ERROR: No matching distribution" in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: pip could not install torch==9.9")
+
+
+def test_large_downloads_are_named_with_their_size_as_they_come(tmp_path: Path) -> None:
+    stub = StubEnvironment(tmp_path)
+    python = stub.venv / "bin/python"
+    said = (
+        "Collecting torch",
+        "  Downloading https://mirror.example/a/torch-9.9-cp311-linux.whl (181.2 MB)",
+        "Downloading tiny-1-py3-none-any.whl (9.4 MB)",
+        "Downloading small-1-py3-none-any.whl (12 kB)",
+        "Downloading cuda_libraries-1.whl (1.1 GB)",
+    )
+    lines = "".join(f"echo '{line}'\n" for line in said)
+    python.write_text(f'#!/bin/bash\n[[ "$*" == *torch==9.9* ]] || exit 0\n{lines}')
+    done = stub.call("setup.sh")
+    fetched = [line for line in done.stderr.splitlines() if "fetching" in line]
+    assert fetched == [
+        "setup:   fetching torch-9.9-cp311-linux.whl (181.2 MB)",
+        "setup:   fetching cuda_libraries-1.whl (1.1 GB)",
+    ]
+    assert all(line in (stub.root / ".cache/setup.log").read_text() for line in said)
+
+
+def test_a_python_that_the_tests_run_on_is_preferred_to_a_newer_one(stub: StubEnvironment, tmp_path: Path) -> None:
+    tools = tmp_path / "pythons"
+    tools.mkdir()
+    for name, version in (("python3", "(3, 15)"), ("python3.13", "(3, 10)"), ("python3.12", "(3, 12)")):
+        fake = f"import sys; sys.version_info = (*{version}, 0); sys.argv = sys.argv[1:]; exec(sys.stdin.read())"
+        script = f'#!/bin/bash\n[[ "$1" == - ]] && exec {sys.executable} -c "{fake}" "$@"\necho "$0 $*" >&2; exit 1\n'
+        (tools / name).write_text(script)
+        (tools / name).chmod(0o755)
+    call(stub.root / "launch/setup.sh", PATH=f"{tools}:/usr/bin:/bin")
+    assert "python3.12 -m venv" in (stub.root / ".cache/setup.log").read_text()
 
 
 def test_a_missing_python_is_one_clear_line(stub: StubEnvironment, tmp_path: Path) -> None:

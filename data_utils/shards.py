@@ -174,9 +174,11 @@ class ShardSet:
         file, row, pick = self._locate(index)
         source = self._sources[self._found[file].source]
         pair = parse_row(self._files[file].row(row), self.where(index), source.name, source.ranked, pick)
-        if source.beta is None or pair.columns.beta is not None:
+        if source.beta is None and source.loss_weight is None:
             return pair
-        return replace(pair, columns=replace(pair.columns, beta=source.beta))
+        beta = source.beta if pair.columns.beta is None else pair.columns.beta
+        weight = source.loss_weight if pair.columns.weight is None else pair.columns.weight
+        return replace(pair, columns=replace(pair.columns, beta=beta, weight=weight))
 
     def notes(self) -> list[str]:
         """What to tell people about each source, going by its first row: the family that it is converted from, and

@@ -30,7 +30,7 @@ class SourceSpec:
         weight: how often each of its rows comes per epoch, on average. 2: twice; 0.5: every other row, the other half
             in the next epoch.
         cap: take at most so many of its rows, the same ones in every epoch.
-        beta: for rows without a beta of their own.
+        beta, loss_weight: for rows without a beta, or a weight in the loss, of their own.
         ranked: which pairs a ranked list of responses gives.
     """
 
@@ -39,6 +39,7 @@ class SourceSpec:
     weight: float = 1.0
     cap: int | None = None
     beta: float | None = None
+    loss_weight: float | None = None
     ranked: Ranked = "best_worst"
 
 

@@ -33,6 +33,8 @@ class DataSource:
     """At most so many of its pairs, the same ones in every epoch (for evaluation, or unshuffled: the first)."""
     beta: float | None = None
     """For rows without a column `beta`."""
+    loss_weight: float | None = None
+    """Weight in the loss of rows without a column `weight`."""
     ranked: Literal["best_worst", "best_random", "all"] = "best_worst"
     """Which pairs a row with a ranked list of responses gives."""
 
@@ -43,6 +45,8 @@ class DataSource:
             at_least("cap of a source", self.cap, 1)
         if self.beta is not None:
             positive("beta of a source", self.beta)
+        if self.loss_weight is not None:
+            at_least("loss_weight of a source", self.loss_weight, 0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class DataSection:
 
     train: tuple[str | DataSource, ...]
     """Training shards: files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), folders, globs, manifests, hf://owner/name;
-    in YAML also mappings of path, name, weight, cap, beta and ranked."""
+    in YAML also mappings of path, name, weight, cap, beta, loss_weight and ranked."""
     eval: tuple[str | DataSource, ...] = ()
     """Held-out shards, scored before, during and after training."""
     max_length: int = 1024

@@ -121,9 +121,10 @@ def test_names_do_not_depend_on_where_the_data_lie(tmp_path: Path) -> None:
 def test_sources_carry_name_beta_and_parts(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(jsonl(range(4)) + json.dumps(row(9) | {"beta": 0.7}).encode())
-    a = SourceSpec(str(tmp_path / "a.jsonl"), name="ours", weight=2, cap=3, beta=0.3)
+    a = SourceSpec(str(tmp_path / "a.jsonl"), name="ours", weight=2, cap=3, beta=0.3, loss_weight=0.5)
     shards = ShardSet.open([a, str(tmp_path / "b.jsonl")])
     assert [shards.pair(index).columns.beta for index in range(10)] == [0.3] * 4 + [0.7] + [None] * 4 + [0.7]
+    assert [shards.pair(index).columns.weight for index in range(10)] == [0.5] * 5 + [None] * 5
     assert {shards.pair(index).columns.source for index in range(5)} == {"ours"}
     assert [(part.first, part.file_pairs, part.weight, part.cap) for part in shards.parts] == [
         (0, (5,), 2, 3),

@@ -32,12 +32,17 @@ function format(value) {
   return String(Number(value.toPrecision(4)));
 }
 /** A number short enough for an axis. */
-function short(value) {
+function short(value, digits = 3) {
   const size = Math.abs(value);
   for (const [unit, suffix] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= unit) return Number((value / unit).toPrecision(3)) + suffix;
+    if (size >= unit) return Number((value / unit).toPrecision(digits)) + suffix;
   }
-  return size !== 0 && size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(6)));
+  return size !== 0 && size < 1e-3 ? String(Number(value.toExponential(digits - 1))) : String(Number(value.toPrecision(6)));
+}
+/** Numbers of an axis, with as many digits as tell them apart. */
+function labels(values) {
+  const found = [3, 4, 5, 6, 7].map((digits) => values.map((value) => short(value, digits)));
+  return found.find((names) => new Set(names).size === values.length) || found[4];
 }
 const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1) + " %");
 
@@ -158,10 +163,12 @@ class LineChart {
   }
 
   axes(svg, low, high, first, last, width) {
-    for (const value of this.log ? logTicks(low, high) : ticks(low, high, 4)) {
+    const marks = this.log ? logTicks(low, high) : ticks(low, high, 4);
+    const names = labels(marks.map((value) => (this.spec.percent ? 100 * value : value)));
+    for (const [place, value] of marks.entries()) {
       const y = this.y(value);
       svg.append(s("line", { class: value === 0 ? "zero" : "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }));
-      svg.append(s("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, this.spec.percent ? short(100 * value) + "%" : short(value)));
+      svg.append(s("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, names[place] + (this.spec.percent ? "%" : "")));
     }
     for (const value of ticks(first, last, Math.max(2, Math.floor(width / 90)))) {
       if (!Number.isInteger(value)) continue;

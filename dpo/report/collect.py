@@ -220,13 +220,11 @@ def _before_after(evaluations: Sequence[Row]) -> dict[str, Any]:
             "rows": [
                 (key, label, digits(before.get(prefix + key)), digits(latest[prefix + key]))
                 for key, label in ROWS
-                if prefix + key in latest
+                if prefix + key in latest and not (key.startswith("drift") and latest[prefix + key] is None)
             ],
         }
         for name, prefix in prefixes.items()
     }
-    extra = [key for key in latest if key.startswith("eval_kl")]
-    tables[""]["rows"] += [(key, "KL to the reference, nats per token", 0.0, digits(latest[key])) for key in extra[:1]]
     return {"step": latest["step"], "sets": tables}
 
 

@@ -234,7 +234,7 @@ function generations(run) {
   if (!found) return null;
   const scores = found.groups.length ? table(["", "answers", "before", "after"], found.groups.map((one) =>
     [text(one.name), format(one.count), percent(one.before), percent(one.after)])) : null;
-  const verdict = (value) => (value === null || value === undefined ? "" : value === true ? " · passes" : value === false ? " · fails" : ` · ${format(value)}`);
+  const verdict = (value) => (value === null || value === undefined ? "" : value === 1 ? " · passes" : value === 0 ? " · fails" : ` · ${format(value)}`);
   const one = (row) => h("details", {}, h("summary", {}, text(row.prompt.slice(0, 140))),
     h("div", { class: "texts" }, h("div", { class: "whole" }, h("h4", {}, "prompt"), quote(row.prompt, "prompt")),
       h("div", {}, h("h4", {}, "before" + verdict(row.before_score)), quote(row.before, "")),

@@ -95,6 +95,20 @@ def test_of_many_pairs_the_telling_ones_are_listed_and_texts_that_went_away_are_
     assert sum(table["margins"]["counts"][0]) == 2500 and "run-pairs.jsonl" in table["missing"]
 
 
+def test_a_loss_without_a_reference_has_no_drift_to_show(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=3, texts=some_texts(6))
+    pairs = [json.loads(line) for line in (run / "eval_pairs.jsonl").read_text().splitlines()]
+    for pair in pairs:
+        pair |= {"reference_logps/chosen": None, "reference_logps/rejected": None, "before": None}
+    (run / "eval_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [{key: None if "drift" in key else value for key, value in row.items()} for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = collect(run)
+    assert not [key for key, *_ in found["before_after"]["sets"][""]["rows"] if key.startswith("drift")]
+    assert found["pairs"]["columns"]["changed"] == [None] * 6 and len(found["pairs"]["columns"]["margin"]) == 6
+
+
 def test_answers_before_and_after_are_graded_by_kind(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3, texts=some_texts(3))
 

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.compare_case import TINY, Case, CaseError, case_of_files, case_of_lengths, load_case
-from benchmarks.compare_meter import Finished, Live, Meter
+from benchmarks.compare_meter import Count, Finished, Live, Meter
 from benchmarks.compare_report import plot, table
 from benchmarks.flop_gate import LIMIT, MEMBERS, count_step, gate_case, name_of, off_record, recorded
 from benchmarks.length_models import LENGTH_MODELS, drawn_pairs
@@ -87,6 +88,15 @@ def test_a_meter_counts_what_a_step_does() -> None:
     assert counted["saved_bytes"] == 2 * 4 * 8 * 4, "the input and what is squared; not the weight"
     assert counted["tokens"] == 3 and counted["slots"] == 4
     assert "flops" not in timed and timed["loss"] == counted["loss"]
+
+
+def test_products_that_are_added_in_place_are_counted_too() -> None:
+    """The gradient of a trained head's weight, and LoRA's second product."""
+    count = Count(set(), {})
+    with ExitStack() as stack:
+        count.enter(stack)
+        torch.zeros(2, 5).addmm_(torch.ones(2, 3), torch.ones(3, 5))
+    assert count.result()["flops"] == 2 * 2 * 3 * 5
 
 
 def test_live_bytes_count_a_storage_once() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data_utils.bounded import Guard, OutOfBounds, try_out
 from data_utils.encoding import alternatives
 from data_utils.schema import DataError, Message, PreferencePair, RowError, Spans, Tool
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 
 PLAIN_KEYS = {"role", "content"}
+_GUARD = Guard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._is_tried = False
         controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._controls = alternatives({*controls, *tokenizer.all_special_tokens})
 
@@ -56,6 +59,8 @@ class ChatTemplate:
                 f"{where}: the row is messages, but the tokenizer has no chat template; "
                 "give it one or use rows of plain strings"
             )
+        if not self._is_tried:
+            self._try_out(pair)
         self._refuse_controls(pair)
         (prompt_text,) = self._render([prompt], pair, add_generation_prompt=True)
         chosen_text, rejected_text = self._render([prompt + chosen, prompt + rejected], pair)
@@ -65,16 +70,35 @@ class ChatTemplate:
         rejected_turns = self._turns(prompt, rejected, rejected_text, pair)
         return RenderedPair(prompt_text, chosen_text, rejected_text, chosen_turns, rejected_turns)
 
+    def _try_out(self, pair: PreferencePair) -> None:
+        """Run the template in a process of its own first: it is a program of the model's.
+
+        Raises:
+            DataError: it takes too long, or too much memory.
+        """
+        try:
+            try_out(lambda: self._apply([[{"role": "user", "content": "Hello"}]], pair, True))
+            try_out(lambda: self._apply([pair.prompt + pair.chosen], pair, False))  # type: ignore[operator]
+        except OutOfBounds as error:
+            raise DataError(
+                f"{pair.where}: the tokenizer's chat template is refused: {error} for this row; give it another one"
+            ) from error
+        self._is_tried = True
+
+    def _apply(self, conversations: list[Any], pair: PreferencePair, add_generation_prompt: bool) -> Any:
+        return self._tokenizer.apply_chat_template(
+            conversations,
+            tools=list(pair.tools) or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
     def _render(
         self, conversations: list[list[Message]], pair: PreferencePair, add_generation_prompt: bool = False
     ) -> list[str]:
         try:
-            texts: Any = self._tokenizer.apply_chat_template(
-                conversations,
-                tools=list(pair.tools) or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            with _GUARD.watching():
+                texts: Any = self._apply(conversations, pair, add_generation_prompt)
         except Exception as error:  # a template is a program of the model's: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(pair.where, "template", f"the chat template refuses the messages ({reason})") from error

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from data_utils.schema import DataError
+from dpo.beat import VARIABLE
 from dpo.config import Config, ConfigError
 from dpo.refusals import CheckpointError
 from dpo.signals import StopRequest
@@ -42,7 +43,8 @@ def session(config: Config, train: Train) -> int:
     if code not in (FINISHED, STOPPED):
         if log.is_open:
             log.status("failed", log.step, code, reason)
-        _end(reason, world.rank)
+        if code != PEER or VARIABLE not in os.environ:  # else the launcher says which rank died of what
+            _end(reason, world.rank)
     log.close()
     _leave(world, code)
     return code

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import IO, Any
 
@@ -124,25 +124,27 @@ class Watchdog:
                 self._num_waiting += is_waiting
             still_s = time.monotonic() - moved
             number += 1
-            if self._world.size > 1 and (number % 5 == 1 or still_s > self._timeout_s):
-                sight = Sight(number, self.step, phase, is_waiting, round(still_s, 1), self._host)
+            sight = Sight(number, self.step, phase, is_waiting, round(still_s, 1), self._host)
+            if self._world.size > 1 and number % 5 == 1:
                 self._board.post(json.dumps(asdict(sight)))
             if still_s > self._timeout_s:
-                self._end(self._culprit(phase))
+                self._end(self._culprit(sight))
 
     def _read(self) -> dict[int, Sight]:
         """What the ranks have last posted, of those that have."""
         posted = self._board.read()
         return {rank: Sight(**json.loads(text)) for rank, text in posted.items()}
 
-    def _culprit(self, phase: str) -> str:
+    def _culprit(self, mine: Sight) -> str:
         """Who is to blame, in words: a process that is stopped, else one that hangs outside a collective, else the one
         that is behind."""
-        ours = f"rank {self._world.rank} on {self._host} has not moved for {self._timeout_s:g} s (phase: {phase})"
+        ours = f"rank {self._world.rank} on {self._host} has not moved for {self._timeout_s:g} s (phase: {mine.phase})"
         if self._world.size == 1:
             return ours
         before = self._read()
-        time.sleep(6 * SAMPLE_S)
+        for number in range(mine.number + 1, mine.number + 11):  # the others look at us in the same way
+            time.sleep(SAMPLE_S)
+            self._board.post(json.dumps(asdict(replace(mine, number=number))))
         after = self._read()
         if len(after) < self._world.size:
             missing = [rank for rank in range(self._world.size) if rank not in after]
@@ -152,7 +154,7 @@ class Watchdog:
         rank = (stopped or busy or sorted(after, key=lambda rank: after[rank].step))[0]
         sight = after[rank]
         how = "is stopped" if rank in stopped else f"has not moved for {sight.still_s:g} s"
-        return f"rank {rank} on {sight.host} {how} (phase: {sight.phase}, after step {sight.step})"
+        return f"rank {rank} on {sight.host} {how} (last seen in phase: {sight.phase}, after step {sight.step})"
 
     def _end(self, culprit: str) -> None:
         reason = f"{culprit}; stacks are in the ranks' logs; the same command resumes (parallel.timeout_s)"

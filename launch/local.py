@@ -223,13 +223,14 @@ def last_step(folder: Path, rank: int) -> int | None:
 
 
 def settle_status(folder: Path, code: int, reason: str) -> None:
-    """Correct a status.json that says `running` of a run that has ended: its rank 0 could not do it."""
+    """Correct a status.json that says `running` of a run that has ended, for its rank 0 could not do it, or that only
+    knows that a peer was lost."""
     try:
         path = Path((folder / "run_dir").read_text()) / "status.json"
         status = json.loads(path.read_text())
     except (OSError, ValueError):
         return  # no run directory was opened
-    if status.get("state") != "running":
+    if status.get("state") != "running" and not (status.get("exit_code") == PEER and reason.startswith("rank ")):
         return
     step = max(status["step"], last_step(folder, 0) or 0)
     status |= {"state": "stopped" if code == STOPPED else "failed", "step": step, "exit_code": code, "reason": reason}

@@ -129,7 +129,8 @@ def test_a_stopped_rank_is_named_and_stacks_are_written(steady: Lab) -> None:
     done = train(steady, "hangs", "1:3:hang", *ENGINES["fsdp2"], *SAVING, "--parallel.timeout_s", "20")
     assert done.returncode == 4
     (line,) = errors(done)
-    assert line.startswith(f"error: rank 1 on {HOST} is stopped (phase: data, after step 2); stacks are in the ranks' ")
+    assert line.startswith(f"error: rank 1 on {HOST} is stopped (last seen in phase: ")
+    assert line.endswith("stacks are in the ranks' logs; the same command resumes (parallel.timeout_s)")
     assert steady.status("hangs")["state"] == "failed" and steady.status("hangs")["reason"].startswith("rank 1 on ")
     log = (steady.folder / "hangs" / "logs" / "rank-00000.log").read_text()
     assert "most recent call first" in log and "engine" in log

@@ -1,0 +1,80 @@
+"""What ranks find out about themselves and each other: skipped steps, phases, stragglers, what may differ on resume."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dpo.differences import refuse
+from dpo.faults import Faults
+from dpo.numbers import BadSteps
+from dpo.refusals import ConfigError
+from dpo.watchdog import PHASES, Watchdog, look
+
+
+def test_bad_steps_are_counted_and_end_a_run_when_they_are_too_many_in_a_row() -> None:
+    bad = BadSteps(torch.device("cpu"), 3)
+    for done, (flag, total) in enumerate(zip((1, 1, 0, 1, 1), (1, 2, 2, 3, 4), strict=True), start=1):
+        bad.note(torch.tensor(float(flag)))
+        bad.require(done)
+        assert bad.total == total
+    bad.note(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match=r"^steps 4 to 6: the gradient was not finite 3 times in a row"):
+        bad.require(6)
+
+
+def test_a_stack_tells_its_phase() -> None:
+    phase, is_waiting, place = look(sys._getframe())
+    assert (phase, is_waiting) == ("other", False) and place
+    code = "def forward(): return look(sys._getframe())\ndef run(): return forward()"
+    for file, expected in (("dpo/engine.py", "forward"), ("dpo/evaluator.py", "evaluation")):
+        names: dict[str, Any] = {"look": look, "sys": sys}
+        exec(compile(code, file, "exec"), names)
+        assert names["run"]()[0] == expected
+    names = {"look": look, "sys": sys}
+    exec(compile("def wait(): return look(sys._getframe())", "x/torch/distributed/c10d.py", "exec"), names)
+    assert names["wait"]()[1]
+
+
+def watchdog(num_ranks: int) -> Watchdog:
+    world: Any = SimpleNamespace(size=num_ranks, rank=0)
+    dog = Watchdog(world, "here", 3600, lambda: sys.stderr, lambda reason: None)
+    dog.close()
+    return dog
+
+
+@pytest.mark.parametrize(
+    ("shares", "slow"),
+    [((0.8, 0.1, 0.9), 1), ((0.1, 0.1, 0.9), None), ((0.5, 0.4, 0.5), None), ((0.0, 0.7, 0.8), 0)],
+)
+def test_a_rank_for_which_all_others_wait_is_told_of_once(shares: tuple[float, ...], slow: int | None) -> None:
+    dog, busiest = watchdog(3), [float(PHASES.index("data"))] * 3
+    line = dog.straggler([*shares, *busiest])
+    assert line is None if slow is None else line is not None and f"rank {slow} is slow" in line and "data" in line
+    assert dog.straggler([*shares, *busiest]) is None
+
+
+def test_what_may_not_differ_is_refused_with_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = [("loss.beta", 0.1, 0.3), ("train.seed", 1, 2)]
+    assert refuse(changes, ["loss.beta", "train.seed"], "x", show=True) == changes
+    with pytest.raises(ConfigError) as caught:
+        refuse(changes, ["loss.beta"], "runs/a holds a run", show=True)
+    message = "runs/a holds a run with another config (train.seed: 1 there, 2 now): give another --run.dir"
+    assert str(caught.value) == f"{message}, or --checkpoint.allow_changes loss.beta train.seed"
+    assert capsys.readouterr().err.splitlines() == [
+        "changed     in the run  in this command",
+        "train.seed  1           2",
+    ]
+
+
+def test_faults_are_those_of_this_rank() -> None:
+    assert Faults.of({}, 0) is None
+    faults = Faults.of({"DPO_FAULT": "0:3:slow,1:4:kill"}, 1)
+    assert faults is not None and faults._faults == [(4, "kill")]
+    for text in ("1:4", "1:x:kill", "1:4:sleep"):
+        with pytest.raises(ConfigError, match="not RANK:STEP:KIND"):
+            Faults.of({"DPO_FAULT": text}, 1)

@@ -67,6 +67,9 @@ class Pretrained:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                remedy = "read it, then set --model.trust_remote_code true to run it"
+                raise ConfigError(f"{key}={path}: needs Python code that comes with it: {remedy}") from error
             raise ConfigError(f"{key}={path}: {_first_line(error)}") from error
         text_config = config.get_text_config()
         dropouts = {

@@ -193,9 +193,10 @@ def test_ten_thousand_steps_and_two_thousand_pairs(tmp_path: Path, browser: Brow
     assert page.stat().st_size < 5_000_000
     browser.errors.clear()
     for width in (400, 1280):
+        before = browser.cpu_seconds()
         browser.open(page, width)
-        busy_ms = browser.run("performance.timing.loadEventEnd - performance.timing.navigationStart")
-        assert busy_ms < 2_000 * 3  # on a machine that does other things as well; 2 s where it does not
+        browser.run("document.body.offsetHeight")
+        assert browser.cpu_seconds() - before < 2  # not wall-clock: the machine may do other things as well
         assert browser.run("document.documentElement.scrollWidth") <= width
         sections = browser.run("[...document.querySelectorAll('h2')].map((node) => node.textContent)")
         assert sections == [

@@ -79,7 +79,7 @@ def export_run(
         parity = check_parity(run, config, final, aside, check_pairs)
         if not parity.passed:
             raise ParityError(f"{directory}: not exported: {parity.told()}")
-        (aside / "README.md").write_text(model_card(run, config, form, parity), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(run, directory, config, form, parity), encoding="utf-8")
         os.replace(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
 from dpo.config import Config
+from dpo.final import loading_code
 from dpo.parity import Parity
 from dpo.report.collect import collect
 
-LOAD = {
-    "adapter": """from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("PATH")""",
-    "model": """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")""",
-}
-
-
-def model_card(run: Path, config: Config, form: Literal["adapter", "model"], parity: Parity) -> str:
+def model_card(run: Path, directory: Path, config: Config, form: Literal["adapter", "model"], parity: Parity) -> str:
     """README.md with the metadata that the hub reads."""
     found = collect(run, in_detail=False)
     head = {
@@ -43,7 +36,7 @@ def model_card(run: Path, config: Config, form: Literal["adapter", "model"], par
 ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)).
 
 ```python
-{LOAD[form]}
+{textwrap.dedent(loading_code(directory))}
 ```
 
 ## Measured

@@ -59,7 +59,9 @@ def test_an_adapter_is_exported_checked_and_loads_in_peft(folder: Path, capsys: 
     summary = json.loads((folder / "lora" / "summary.json").read_text())
     assert f"| Accuracy | 0.5 | {summary['eval_accuracy_after']:.4g} |" in card
     assert "library_name: peft" in card and "within" in card and "`lora.r` | 4" in card
-    AutoPeftModelForCausalLM.from_pretrained(out)
+    code = card.split("```python\n")[1].split("```")[0]
+    assert f'AutoModelForCausalLM.from_pretrained("{out}")' in code
+    exec(code, {})
     assert export.main([f"{folder}/lora"]) == 2
     assert "is there already" in capsys.readouterr().err
 

@@ -63,6 +63,9 @@ def test_a_recipe_is_planned_at_its_world_size(recipe: Path) -> None:
     assert plan.world_size == launch.world_size
     assert plan.num_steps == config.train.epochs * math.ceil(pairs / config.batch.pairs_per_step)
     assert config.batch.pairs_per_step >= launch.world_size  # else ranks idle in every step
+    shipped = [ROOT / str(source) for source in config.data.train if (ROOT / str(source)).is_file()]
+    if shipped:
+        assert sum(len(path.read_text().splitlines()) for path in shipped) == pairs
     if config.parallel.ds_config is not None:
         read_ds_json(str(ROOT / config.parallel.ds_config))
     for expected in expectations(recipe.read_text()):

@@ -40,7 +40,7 @@ class BadSteps:
             self._is_unread = False
             if self._ready is not None:
                 self._ready.synchronize()
-            is_bad = bool(self._flag)
+            is_bad = bool(self._flag.numpy())  # host memory, so that no operator waits for anything
             self.total += is_bad
             self._in_a_row = self._in_a_row + 1 if is_bad else 0
         return self.total

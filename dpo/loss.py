@@ -264,7 +264,7 @@ def squared(pairs: Terms, options: LossOptions) -> Tensor:
 def discovered(pairs: Terms, options: LossOptions) -> Tensor:
     """(1 - m) (-log sigmoid(h)) + m exp(-h) with m = sigmoid(h / tau): DiscoPOP (arXiv 2406.08414, Eq. 5), tau > 0.
 
-    Not convex: beyond h of about -2 tau it falls towards the left.
+    Not convex: with tau 0.05 it rises between h of about -0.1 and 0.05, and falls on both sides.
     """
     h_B = pairs.logit_B
     m_B = torch.sigmoid(h_B / options.discopop_tau)

@@ -24,7 +24,9 @@ from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
 from dpo.engine import Engine, Scorer
 from dpo.gates import FALLBACKS, GateError, kernel_error, require_kernel, require_scoring, scoring_gap
-from dpo.policy import Pretrained, add_lora, can_pack, evaluating
+from dpo.policy import Policy, Pretrained, add_lora, can_pack, evaluating
+from dpo.quantize import Coverage, QuantizedLinear
+from dpo.terminal import count
 from dpo.world import World
 
 logger = logging.getLogger("dpo")
@@ -185,6 +187,23 @@ def _check_head(config: Config, model: PreTrainedModel) -> None:
     raise ConfigError(
         f"model.path={config.model.path}: its output head is a {type(head).__name__}, not a plain nn.Linear"
     )
+
+
+def describe_quantized(policy: Policy, source: Pretrained, dtype: torch.dtype) -> str:
+    """What of a policy is quantized and what is not, in words; nothing, where nothing should be.
+
+    Holds the layers that the engine has against those that the configuration promises, and what is trained against
+    the adapters.
+    """
+    if source.quantization is None:
+        return ""
+    promised = Coverage.of(source.empty(dtype))
+    layers = [module for module in policy.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == promised.num_layers, (len(layers), promised)
+    assert all("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad)
+    text = f"{count(promised.num_weights)} weights of {promised.num_layers} linear layers in {source.quantization.kind}"
+    others = ", ".join(["embeddings", "head", "norms", *promised.left])
+    return f"{text}; {others} in {str(dtype).removeprefix('torch.')}"
 
 
 def open_reference(config: Config, source: Pretrained) -> Pretrained:

@@ -7,19 +7,21 @@ step whose gradient norm is not finite changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_utils.schema import Layout, PairBatch
 from dpo.config import Config, ConfigError, OptimSection
 from dpo.layers import require_compiler
 from dpo.logps import HeadStatistic
+from dpo.optimizers import fill_state, make_optimizer, restore_step, state_slices
 from dpo.plan import Plan
-from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
+from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 from dpo.slices import Slice, SliceReader
 from dpo.world import World
 
@@ -140,25 +142,14 @@ def _check_options(build: Build) -> None:
         require_compiler(build.world.device)
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay spares vectors (norms and biases), as transformers' Trainer does."""
-    matrices = [p for p in parameters.values() if len(full_shape(p)) >= 2]
-    vectors = [p for p in parameters.values() if len(full_shape(p)) < 2]
-    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    assert optim.learning_rate is not None
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        fused=True,
-    )
-
-
-def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter before its first step; made here so that it can be saved and loaded at any time."""
-    moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-    return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
+def share_buffers(policy: Policy, full: Policy | None, device: torch.device) -> None:
+    """Give every rank's policy the buffers of rank 0's `full` one, on `device`."""
+    originals = dict(full.named_buffers()) if full is not None else {}
+    for path, module in policy.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            filled = originals.get(f"{path}.{name}".lstrip("."), buffer).to(device)
+            dist.broadcast(filled, src=0)
+            setattr(module, name, filled)
 
 
 def make_scorer(
@@ -186,13 +177,14 @@ class TorchEngine:
         parameters: the fp32 tensors that the optimizer updates, by the policy's names.
     """
 
-    def __init__(self, policy: Policy, parameters: dict[str, nn.Parameter], optim: OptimSection) -> None:
-        self.policy = policy
+    def __init__(
+        self, policy: Policy, parameters: dict[str, nn.Parameter], optim: OptimSection, device: torch.device
+    ) -> None:
+        self.policy, self.device = policy, device
         self.parameters = parameters
         self.max_grad_norm = optim.max_grad_norm
         self.optimizer = make_optimizer(parameters, optim)
-        for parameter in parameters.values():
-            self.optimizer.state[parameter] = fresh_moments(parameter)
+        fill_state(self.optimizer)
 
     def forward(
         self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
@@ -212,13 +204,16 @@ class TorchEngine:
         skipped = 1.0 - torch.isfinite(grad_norm).float()
         self._update(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, skipped)
+        return StepResult(grad_norm.to(self.device), skipped.to(self.device))
 
     def _update(self, skipped: Tensor) -> None:
         """One optimizer step on this rank's tensors; `found_inf` is the protocol by which fused AdamW leaves
-        weights, moments and step counts as they are."""
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
+        weights, moments and step counts as they are. Others have none: the host has to look."""
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skipped.item():
+            self.optimizer.step()
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
@@ -229,11 +224,7 @@ class TorchEngine:
     def slices(self) -> Iterator[Slice]:
         """See `Engine`."""
         for name, parameter in self.parameters.items():
-            moments = self.optimizer.state[parameter]
-            held = {"weight": parameter.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
-            tensors = {key: self._local(tensor).view(-1) for key, tensor in held.items()}
-            if tensors["weight"].numel():
-                yield Slice(name, tuple(parameter.shape), self._first_element(parameter), tensors)
+            yield from state_slices(self.optimizer, name, parameter, self._local, self._first_element(parameter))
 
     @property
     def is_writer(self) -> bool:
@@ -243,15 +234,17 @@ class TorchEngine:
     @property
     def num_updates(self) -> Tensor:
         """See `Engine`."""
-        return self.optimizer.state[next(iter(self.parameters.values()))]["step"]
+        return torch.as_tensor(self.optimizer.state[next(iter(self.parameters.values()))]["step"], dtype=torch.float32)
 
     def load(self, reader: SliceReader) -> None:
         """See `Engine`."""
-        reader.require({name: parameter.shape for name, parameter in self.parameters.items()})
-        for piece in self.slices():
+        slices = list(self.slices())
+        extra = {piece.name: piece.shape for piece in slices if piece.name not in self.parameters}
+        reader.require({name: parameter.shape for name, parameter in self.parameters.items()} | extra)
+        for piece in slices:
             reader.read(piece)
         for parameter in self.parameters.values():
-            self.optimizer.state[parameter]["step"].copy_(reader.step)
+            restore_step(self.optimizer, parameter, reader.step)
 
     def _first_element(self, parameter: Tensor) -> int:
         """Where this rank's part of a parameter begins in it, flattened."""
@@ -263,10 +256,11 @@ class SingleEngine(TorchEngine):
 
     def __init__(self, build: Build) -> None:
         self.device, self.dtype, self.compiles = build.world.device, build.dtype, build.config.train.compile
-        policy = trained_policy(build.source, build.config, build.layout, build.dtype).to(self.device)
+        policy = trained_policy(build.source, build.config, build.layout, build.dtype, device=self.device)
+        policy.to(self.device)
         self.computing = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         masters = self.computing if build.dtype == torch.float32 else self._split_masters()
-        super().__init__(policy, masters, build.config.optim)
+        super().__init__(policy, masters, build.config.optim, self.device)
 
     def _split_masters(self) -> dict[str, nn.Parameter]:
         """Move the fp32 weights out of the model, which keeps a copy in the compute dtype; gradients are added up

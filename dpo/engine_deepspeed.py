@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -17,8 +17,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data_utils.schema import PairBatch
 from dpo.ds_json import complete_ds_json
-from dpo.engine import Build, Scorer, StepResult, fresh_moments, make_optimizer, make_scorer
+from dpo.engine import Build, Scorer, StepResult, make_scorer, share_buffers
 from dpo.logps import HeadStatistic
+from dpo.optimizers import fresh_moments, make_optimizer
 from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
 from dpo.slices import Slice, SliceReader
 
@@ -47,8 +48,13 @@ class DeepSpeedEngine:
         )
         self.stage: int = self.settings["zero_optimization"]["stage"]
         self.max_grad_norm = build.config.optim.max_grad_norm
-        with self._partitioned_load(self.settings):
-            policy = trained_policy(build.source, build.config, build.layout, build.dtype, keep_dtype=True)
+        policy = self._held(
+            build.source,
+            self.settings,
+            lambda empty: trained_policy(
+                build.source, build.config, build.layout, build.dtype, empty=empty, keep_dtype=True
+            ),
+        )
         self.trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
@@ -85,9 +91,12 @@ class DeepSpeedEngine:
         """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
         # Plain stage 3, whatever the policy has: a second model with hpZ makes DeepSpeed fail.
         zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
-        settings = self.settings | {"zero_optimization": zero}
-        with self._partitioned_load(settings):
-            model: Any = frozen_policy(source, self.policy.layout, self.dtype, compiled=self.compiles)
+        settings, layout = self.settings | {"zero_optimization": zero}, self.policy.layout
+        model: Any = self._held(
+            source,
+            settings,
+            lambda empty: frozen_policy(source, layout, self.dtype, empty=empty, compiled=self.compiles),
+        )
         if self.stage == 3:
             model, *_ = deepspeed.initialize(model=model, config=settings)
         else:
@@ -175,6 +184,23 @@ class DeepSpeedEngine:
         buffers = dict(self.policy.model.named_buffers())
         persistent = self.policy.model.state_dict().keys() & buffers.keys()
         return weights | {name: buffers[name].detach().cpu() for name in persistent} if self.world.is_main else {}
+
+    def _held(self, source: Pretrained, settings: dict[str, Any], load: Callable[[bool], Policy]) -> Policy:
+        """The policy that `load` makes (on the meta device, where it is given True); partitioned under stage 3.
+
+        Quantized weights cannot be loaded into partitions. So rank 0 loads them, and gives each to the others, which
+        keep their share before the next one comes.
+        """
+        if self.stage != 3 or source.quantization is None:
+            with self._partitioned_load(settings):
+                return load(False)
+        policy = load(not self.world.is_main)
+        if not self.world.is_main:
+            policy.to_empty(device="cpu")  # pages that nobody writes to take no memory
+            policy.causal_lm.tie_weights()  # to_empty has made two of one
+        share_buffers(policy, policy if self.world.is_main else None, self.world.device)
+        deepspeed.zero.Init(module=policy, config_dict_or_path=settings)
+        return policy
 
     @contextlib.contextmanager
     def _partitioned_load(self, settings: dict[str, Any]) -> Iterator[None]:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dpo.engine import Build, Scorer, TorchEngine, make_scorer
+from dpo.engine import Build, Scorer, TorchEngine, make_scorer, share_buffers
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 from dpo.slices import SliceReader
 from dpo.world import World
@@ -54,12 +53,7 @@ def fill(empty: Policy, full: Policy | None, device: torch.device, *, offload: b
     empty.to_empty(device="cpu" if offload else device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(empty, full.state_dict() if full is not None else {}, options=options)
-    originals = dict(full.named_buffers()) if full is not None else {}
-    for path, module in empty.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            filled = originals.get(f"{path}.{name}".lstrip("."), buffer).to(device)
-            dist.broadcast(filled, src=0)
-            setattr(module, name, filled)
+    share_buffers(empty, full, device)
 
 
 class FSDP2Engine(TorchEngine):
@@ -71,10 +65,13 @@ class FSDP2Engine(TorchEngine):
         arguments = (build.source, build.config, build.layout, build.dtype)
         full = trained_policy(*arguments) if build.world.is_main else None
         policy = trained_policy(*arguments, empty=True)
-        shard(policy, self.mesh, build.dtype, OffloadPolicy())
-        fill(policy, full, build.world.device)
+        shard(policy, self.mesh, build.dtype, self._offload(build.config.parallel.offload))
+        fill(policy, full, build.world.device, offload=build.config.parallel.offload)
         trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        super().__init__(policy, trainable, build.config.optim)
+        super().__init__(policy, trainable, build.config.optim, build.world.device)
+
+    def _offload(self, offload: bool) -> OffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if offload else OffloadPolicy()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`. Reduce-scatter averages over ranks, so the loss is scaled back; replicas are only summed at
@@ -97,8 +94,7 @@ class FSDP2Engine(TorchEngine):
         arguments = (source, self.policy.layout, self.dtype)
         full = frozen_policy(*arguments) if self.world.is_main else None
         model = frozen_policy(*arguments, empty=True, compiled=self.compiles)
-        on_gpu = self.world.device.type == "cuda"
-        shard(model, self.mesh, self.dtype, CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy())
+        shard(model, self.mesh, self.dtype, self._offload(offload))
         fill(model, full, self.world.device, offload=offload)
         return make_scorer(model)
 

@@ -18,6 +18,7 @@ from dpo.engine import DTYPES
 from dpo.files import read_object
 from dpo.model_card import model_card
 from dpo.parity import Parity, check_parity
+from dpo.policy import plain_base
 from dpo.report.collect import config_of
 
 Form = Literal["adapter", "model"]
@@ -115,7 +116,7 @@ def _whole_model(config: Config, final: Path, dtype: torch.dtype | None) -> PreT
     trust = config.model.trust_remote_code
     if not (final / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(final, dtype=dtype or "auto", trust_remote_code=trust)
-    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, trust_remote_code=trust)
+    base = plain_base(config.model, torch.float32)
     published = AutoModelForCausalLM.from_pretrained(config.model.path, dtype="auto", trust_remote_code=trust).dtype
     merged = PeftModel.from_pretrained(base, str(final)).merge_and_unload()
     return merged.to(dtype or published)  # type: ignore[return-value]

@@ -96,7 +96,7 @@ def _reference(
     config: Config, world: World, parts: list[_Part], terminal: Terminal
 ) -> tuple[StoredReference, PairTokenizer]:
     """The stored reference over a model that was loaded for it alone; and what makes token ids for the policy."""
-    policy = Pretrained.open(config.model.path, config.model.attn_implementation, config.model.trust_remote_code)
+    policy = Pretrained.of(config.model)
     source = open_reference(config, policy)
     tokenizer = open_tokenizer(config)
     making = making_facts(tokenizer, max_length(config, policy))

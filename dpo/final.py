@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import Config
 from dpo.engine import Engine
 from dpo.policy import Pretrained, add_lora
+from dpo.quantize import dequantize
 from dpo.world import World
 
 
@@ -73,8 +74,10 @@ def _save_full(
 def _save_merged(
     directory: Path, weights: dict[str, Tensor], source: Pretrained, config: Config, dtype: torch.dtype
 ) -> None:
-    """Merge in fp32 into freshly read base weights, so that every engine merges alike."""
-    adapted = add_lora(source.load(torch.float32), config.lora, config.train.seed)
+    """Merge in fp32 into freshly read base weights, so that every engine merges alike; into what quantized ones stand
+    for, since the adapter was trained on that."""
+    base = source.load(torch.float32) if source.quantization is None else dequantize(source.load(dtype))
+    adapted = add_lora(base, config.lora, config.train.seed)
     unknown = adapted.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     merged = adapted.merge_and_unload().to(dtype)

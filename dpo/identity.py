@@ -1,10 +1,10 @@
 """What a reference log-prob depends on, as facts whose hash names the folder of a store.
 
-In it: the bytes of the weights, the model's configuration, the dtype of compute, the kind of device, the attention that
-was asked for, the versions of torch and transformers, and the version of our scoring. Not in it: how the pairs are laid
-out, batched and sharded, and the exact attention kernels (eager, sdpa, flash, ours), which all compute one function and
-differ by rounding, below what the check at step 0 allows. Token ids are hashed with each pair (`pair_key`), so
-tokenizer, chat template and max_length need no place here.
+In it: the bytes of the weights, how they are quantized, the model's configuration, the dtype of compute, the kind of
+device, the attention that was asked for, the versions of torch and transformers, and the version of our scoring. Not in
+it: how the pairs are laid out, batched and sharded, and the exact attention kernels (eager, sdpa, flash, ours), which
+all compute one function and differ by rounding, below what the check at step 0 allows. Token ids are hashed with each
+pair (`pair_key`), so tokenizer, chat template and max_length need no place here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def reference_facts(source: Pretrained, dtype: torch.dtype, device: torch.device
         attention: `model.attn_implementation`.
     """
     settings = {key: value for key, value in source.config.to_dict().items() if key not in _NOT_IN_CONFIG}
-    return {
+    quantized = {} if source.quantization is None else {"quantization": asdict(source.quantization)}
+    return quantized | {
         "config": _digest(settings),
         "dtype": str(dtype).removeprefix("torch."),
         "matmul": torch.get_float32_matmul_precision() if dtype == torch.float32 else "",

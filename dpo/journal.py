@@ -78,6 +78,8 @@ class Journal:
                 "model": f"{config.model.path} ({count(num_all)} parameters, {dtype})",
                 "trains": f"{count(num_trained)} ({num_trained / num_all:.2%}), {parts.trained}",
                 "loss": f"{' + '.join(config.loss.type)}, beta {config.loss.beta:g}",
+                **({"quantized": parts.quantized} if parts.quantized else {}),
+                "loaded": f"in {parts.loading}",
                 "reference": self._where_reference(),
                 "engine": f"{plan.engine} on {plan.world_size} x {self._world.device.type}",
                 "layout": f"{parts.layout} ({parts.why_layout})",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_utils.schema import PairBatch
+from dpo.estimate import train_flops
 from dpo.loss import PairLogps, pair_metrics
 from dpo.policy import Sizes
 from dpo.world import World
@@ -75,6 +76,11 @@ def peak_memory_gib(world: World) -> float:
     """Most memory this rank has used: allocated on the GPU, or resident in this process."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
+    return host_peak_gib()
+
+
+def host_peak_gib() -> float:
+    """Most host memory that this process has had resident."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -89,14 +95,8 @@ def memory_use(world: World) -> str:
 
 
 def model_flops(sizes: Sizes, tokens: float, scored_tokens: float) -> float:
-    """Floating-point operations of a forward and backward of so many tokens, of which so many reach the head.
-
-    Without recompute and without the reference: 2 per weight and token forward, 2 for the gradient of activations, and
-    2 for the gradient of each trained weight. The embedding is a look-up and not counted; attention scores, a few
-    percent at these lengths, are left out.
-    """
-    body, head = 4 * sizes.body + 2 * sizes.body_trained, 4 * sizes.head + 2 * sizes.head_trained
-    return tokens * body + scored_tokens * head
+    """`train_flops` of a model of these sizes."""
+    return train_flops((sizes.body, sizes.body_trained), (sizes.head, sizes.head_trained), tokens, scored_tokens)
 
 
 class Throughput:

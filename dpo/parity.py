@@ -18,7 +18,7 @@ from data_utils.tokenize import PairTokenizer
 from dpo.build import max_length
 from dpo.config import Config
 from dpo.files import read_rows
-from dpo.policy import Pretrained
+from dpo.policy import Pretrained, plain_base
 from dpo.report.collect import Shards
 from dpo.scores import PAIRS_FILE
 
@@ -89,7 +89,7 @@ def load_plain(config: Config, folder: Path) -> nn.Module:
     if not (folder / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust).eval()
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype, trust_remote_code=trust)
+    base = plain_base(config.model, dtype)
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
 

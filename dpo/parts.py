@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,9 +17,11 @@ from data_utils.schema import Layout, RowError
 from data_utils.scratch import Scratch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
+from dpo.advice import will_it_fit
 from dpo.answers import Answers
 from dpo.build import (
     choose_layout,
+    describe_quantized,
     max_length,
     open_reference,
     open_scorer,
@@ -33,6 +36,7 @@ from dpo.engine import Build, Engine, build_engine, compute_dtype
 from dpo.evaluator import Evaluator, set_of, whole_set
 from dpo.faults import Faults
 from dpo.identity import making_facts
+from dpo.metrics import host_peak_gib
 from dpo.objective import Objective
 from dpo.plan import make_plan
 from dpo.policy import Pretrained, Sizes
@@ -59,13 +63,17 @@ class Parts:
         dtype: of compute.
         answers: to the held-out prompts, where `eval.generate` asks for them.
         sizes: numbers of parameters.
-        trained: "lora" or "full".
+        trained: "lora", "lora on nf4" or "full".
+        loading: how long the policy took, and what it took of the host, in words.
+        quantized: what is, in words.
     """
 
     def __init__(self, config: Config, world: World, log: RunLog, stop: StopRequest, terminal: Terminal) -> None:
         self.config, self.world, self.log, self.stop, self.terminal = config, world, log, stop, terminal
         self.shelf = Shelf(log.directory / "checkpoints", config.checkpoint.trust)
         self.trained = "lora" if config.lora.r else "full"
+        if config.model.quantization != "none":
+            self.trained += f" on {config.model.quantization}"
         transformers.utils.logging.disable_progress_bar()
         self.scratch = world.together(lambda: Scratch(str(log.directory.resolve())))
         may_change = "data.train" in config.checkpoint.allow_changes or not self.shelf.listed()
@@ -73,8 +81,7 @@ class Parts:
         self.shards, self.notes = open_shards(config.data.train, config, world, self.scratch, self.record)
         self.order = Order(self.shards.parts, config.batch.pairs_per_step, config.train.seed, config.data.shuffle)
         self.plan = make_plan(config, world.size, self.order.pairs_per_epoch)
-        model = config.model
-        self.source = Pretrained.open(model.path, model.attn_implementation, model.trust_remote_code)
+        self.source = Pretrained.of(config.model)
         reference_source = open_reference(config, self.source)
         ds_json = None if config.parallel.ds_config is None else read_ds_json(config.parallel.ds_config)
         self.tokenizer = open_tokenizer(config)
@@ -85,10 +92,16 @@ class Parts:
         self.dtype = compute_dtype(config.model.dtype, world.device)
         self.held_out = self._held_out()
         self.answers = self._answers(self.held_out)
+        if world.is_main and (warning := will_it_fit(config, world)):
+            self.notes.append(warning)
         self._open_run_directory()
         self.objective = Objective(config.loss)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
+        since = time.perf_counter()
         self.engine: Engine = build_engine(build)
+        memory_gib = max(world.gather_objects(host_peak_gib()))
+        self.loading = f"{time.perf_counter() - since:.1f} s, at most {memory_gib:.1f} GiB of host memory on a rank"
+        self.quantized = describe_quantized(self.engine.policy, self.source, self.dtype)
         if why := settle_layout(config, self.source, self.engine, self.dtype, world):
             self.layout, self.why_layout = self.engine.policy.layout, why
         self.faults = Faults.of(os.environ, world.rank)

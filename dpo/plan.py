@@ -1,8 +1,14 @@
-"""Numbers derived from the config once the number of processes and rows is known, and the learning rate by step."""
+"""Numbers derived from the config once the number of processes and rows is known, and the learning rate by step.
+
+    python -m dpo.plan --config recipe.yaml --gpus 16 --gpu-memory 80
+
+says whether a run will fit, and what it will take (`dpo.planner`).
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -49,7 +55,7 @@ def make_plan(config: Config, world_size: int, pairs_per_epoch: int) -> Plan:
             f"fewer pairs than one global step: data.train has {pairs_per_epoch}, batch.pairs_per_step is "
             f"{pairs_per_step}: set --batch.pairs_per_step to at most {pairs_per_epoch}, or add data"
         )
-    engine = _choose_engine(config, world_size)
+    engine, shard_size = choose_engine(config, world_size)
     if config.eval.generate and engine != "single":
         raise ConfigError(
             f"eval.generate answers with one process and the single engine, not {world_size} under {engine}: "
@@ -66,8 +72,27 @@ def make_plan(config: Config, world_size: int, pairs_per_epoch: int) -> Plan:
         num_steps=num_steps,
         warmup_steps=math.ceil(num_steps * config.optim.warmup_ratio),
         engine=engine,
-        shard_size=_choose_shard_size(config, engine, world_size),
+        shard_size=shard_size,
     )
+
+
+def choose_engine(config: Config, world_size: int) -> tuple[Engine, int]:
+    """The engine that `parallel.engine` stands for, and how many ranks share one copy of the weights.
+
+    Raises:
+        ConfigError: one of them does not fit the number of processes.
+    """
+    engine = _choose_engine(config, world_size)
+    if config.optim.name != "adamw" and engine != "single":
+        raise ConfigError(
+            f"optim.name={config.optim.name} keeps its moments for whole tensors, which engine {engine} cuts: set"
+            " --optim.name adamw (offload is the other way to save its memory)"
+        )
+    if config.parallel.offload and engine != "fsdp2":
+        raise ConfigError(
+            f"parallel.offload does nothing with engine {engine}: set --parallel.engine fsdp2, or drop it"
+        )
+    return engine, _choose_shard_size(config, engine, world_size)
 
 
 def learning_rate(step: int, plan: Plan, optim: OptimSection) -> float:
@@ -112,3 +137,19 @@ def _choose_shard_size(config: Config, engine: Engine, world_size: int) -> int:
         )
     assert engine != "deepspeed", "ParallelSection refuses it"
     return shard_size
+
+
+def main(argv: list[str]) -> int:
+    """The planner; returns the exit code."""
+    from dpo.planner import main as plan
+
+    try:
+        plan(argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,9 +6,9 @@ and the head all lie inside its forward, where the hooks of FSDP2 and ZeRO-3 gat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from data_utils.batching import sequence_places
 from data_utils.schema import Layout, PairBatch
 from dpo import attention
 from dpo.adapters import fuse
-from dpo.config import Config, ConfigError, LoraSection
+from dpo.config import Config, ConfigError, LoraSection, ModelSection
 from dpo.layers import compile_layers, recompute_layers
 from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence, tail_weights
 from dpo.offload import Offload
+from dpo.quantize import Quantization, adopt, dequantize, num_weights
+from dpo.quantize import empty as empty_quantized
 from dpo.routers import Routers, wants_logits
 
 _STATELESS_LAYERS = {"full_attention", "sliding_attention"}
@@ -39,6 +41,7 @@ class Pretrained:
         config: its configuration with every dropout at 0.
         dropouts: the dropout settings as published, which an export restores.
         key: the config key that names it, for messages.
+        quantization: how the weights are kept, where not as they are.
     """
 
     path: str
@@ -46,6 +49,15 @@ class Pretrained:
     dropouts: dict[str, float]
     trust_remote_code: bool
     key: str = "model.path"
+    quantization: Quantization | None = None
+
+    @staticmethod
+    def of(model: ModelSection) -> Pretrained:
+        """The model that the config's section names, quantized as it says."""
+        opened = Pretrained.open(model.path, model.attn_implementation, model.trust_remote_code)
+        if model.quantization == "none":
+            return opened
+        return replace(opened, quantization=Quantization(model.quantization, model.double_quantization))
 
     @staticmethod
     def open(
@@ -54,7 +66,7 @@ class Pretrained:
         """Read the configuration of `path`, which `key` of the config names.
 
         Raises:
-            ConfigError: there is no such model, or it needs code that is not trusted.
+            ConfigError: there is no such model, it needs code that is not trusted, or it is quantized already.
         """
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_dir()
         if looks_local and not (Path(path) / "config.json").is_file():
@@ -71,6 +83,12 @@ class Pretrained:
                 remedy = "read it, then set --model.trust_remote_code true to run it"
                 raise ConfigError(f"{key}={path}: needs Python code that comes with it: {remedy}") from error
             raise ConfigError(f"{key}={path}: {_first_line(error)}") from error
+        if method := getattr(config, "quantization_config", None):
+            name = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
+            raise ConfigError(
+                f"{key}={path}: its weights are quantized already ({name}): give the model in 16 or 32 bits, and set"
+                " --model.quantization nf4"
+            )
         text_config = config.get_text_config()
         dropouts = {
             key: value for key, value in vars(text_config).items() if "drop" in key and isinstance(value, float)
@@ -105,26 +123,48 @@ class Pretrained:
 
     def empty(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model on the meta device: shapes without storage."""
+        model = self._plain(dtype)
+        return model if self.quantization is None else empty_quantized(model, self.quantization, dtype)
+
+    def _plain(self, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The model with its weights, on CPU (partitioned over the ranks inside a `zero.Init` context).
+
+        Args:
+            device: where quantized weights are quantized and kept; the CPU where not given.
 
         Raises:
             ConfigError: weights are missing, unreadable, or pickled and not trusted.
         """
         safetensors_only = None if self.trust_remote_code else True
+        quantized: dict[str, Any] = {}
+        if self.quantization is not None:
+            settings = self.quantization.settings(self._plain(dtype), dtype)
+            quantized = {"quantization_config": settings, "device_map": {"": str(device or "cpu")}}
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=self.config,
                 dtype=dtype,
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=safetensors_only,
+                **quantized,
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.key}={self.path}: {_first_line(error)}") from error
+        return model if self.quantization is None else adopt(model, self.quantization, dtype)
+
+
+def plain_base(model: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in stock layers: as published, or what its quantized weights stand for."""
+    if model.quantization == "none":
+        trust = model.trust_remote_code
+        return AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, trust_remote_code=trust)
+    computed = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+    return dequantize(Pretrained.of(model).load(computed)).to(dtype)  # type: ignore[return-value]
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -322,12 +362,13 @@ class Sizes:
         body = [parameter for parameter in policy.parameters() if id(parameter) not in ends]
         head = list(policy.head.parameters())
         groups = (list(policy.parameters()), body, head)
-        counts = [(_count(group), _count(p for p in group if p.requires_grad)) for group in groups]
+        packed = num_weights(policy)
+        counts = [(_count(group, packed), _count((p for p in group if p.requires_grad), packed)) for group in groups]
         return Sizes(*(number for pair in counts for number in pair))
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(full_shape(parameter).numel() for parameter in parameters)
+def _count(parameters: Iterable[nn.Parameter], packed: Mapping[int, int]) -> int:
+    return sum(packed.get(id(parameter), full_shape(parameter).numel()) for parameter in parameters)
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
@@ -353,6 +394,7 @@ def trained_policy(
     *,
     empty: bool = False,
     keep_dtype: bool = False,
+    device: torch.device | None = None,
 ) -> Policy:
     """The policy before training.
 
@@ -362,8 +404,9 @@ def trained_policy(
     Args:
         empty: all of it on the meta device, to be sharded before it is filled.
         keep_dtype: leave the whole model in `dtype` (an engine that makes its own fp32 weights).
+        device: see `Pretrained.load`.
     """
-    model: PreTrainedModel | PeftModel = source.empty(dtype) if empty else source.load(dtype)
+    model: PreTrainedModel | PeftModel = source.empty(dtype) if empty else source.load(dtype, device)
     if config.lora.r:
         with torch.device("meta") if empty else nullcontext():
             model = add_lora(model, config.lora, config.train.seed)

@@ -73,7 +73,7 @@ class Saver:
             )
         if state.trained != trained:
             raise CheckpointError(
-                f"{path}: holds {state.trained} training, not {trained}: keep lora.r as it was, or start a new run from"
+                f"{path}: holds {state.trained} training, not {trained}: keep lora.r and model.quantization, or start a new run from"
                 " the exported weights"
             )
         if state.dtype != self._dtype:

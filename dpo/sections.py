@@ -59,10 +59,17 @@ class ModelSection:
     """Dtype of compute; auto: bfloat16 on a GPU, float32 on the CPU. What is trained is kept in float32."""
     attn_implementation: str | None = None
     """Attention kernel by transformers' name (eager, sdpa, flash_attention_2, ...); none: the model's own choice."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen base weights in 4 bits (NF4, QLoRA) or 8; needs LoRA. The reference is the quantized base too."""
+    double_quantization: bool = True
+    """Keep NF4's scales in 8 bits themselves (0.37 bits per weight less)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
     def __post_init__(self) -> None:
+        if self.quantization != "nf4":
+            because = f"model.quantization={self.quantization}"
+            unchanged(self, "model", ("double_quantization",), because, "--model.quantization nf4")
         require(self.path != "", "model.path is empty: give a folder or a hub name with --model.path")
 
 
@@ -287,6 +294,8 @@ class ParallelSection:
     """Ranks that share one sharded copy of the weights under fsdp2: 1: every rank holds all; none: all ranks."""
     timeout_s: int = 1800
     """End the run when a rank has not moved for so many seconds; the longest that a rank waits for others."""
+    offload: bool = False
+    """Under fsdp2: keep weights, gradients and optimizer state on the CPU, where the optimizer then runs."""
 
     def __post_init__(self) -> None:
         if self.engine == "deepspeed":
@@ -297,7 +306,8 @@ class ParallelSection:
         else:
             unchanged(self, "parallel", ("ds_config",), f"parallel.engine={self.engine}", "--parallel.engine deepspeed")
         if self.engine not in ("auto", "fsdp2"):
-            unchanged(self, "parallel", ("shard_size",), f"parallel.engine={self.engine}", "--parallel.engine fsdp2")
+            names = ("shard_size", "offload")
+            unchanged(self, "parallel", names, f"parallel.engine={self.engine}", "--parallel.engine fsdp2")
         at_least("parallel.timeout_s", self.timeout_s, 1)
         if self.shard_size is not None:
             at_least("parallel.shard_size", self.shard_size, 1)
@@ -307,8 +317,9 @@ class ParallelSection:
 class OptimSection:
     """Optimizer and learning rate."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW with decoupled weight decay."""
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW with decoupled weight decay, its moments in fp32 or (bitsandbytes, one process) in 8 bits; paged: moments
+    move to the host when the GPU's memory runs short."""
     learning_rate: float | None = None
     """Peak learning rate; none: 1e-6, with LoRA 1e-5."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
@@ -514,6 +525,7 @@ class Config:
         if self.batch.layout in ("packed", "shared") and self.model.attn_implementation is not None:
             remedy = "drop model.attn_implementation, or set --batch.layout padded"
             raise ConfigError(f"batch.layout={self.batch.layout} brings its own attention: {remedy}")
+        self._check_quantization()
         self._check_reference()
         known = [
             f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))
@@ -525,6 +537,14 @@ class Config:
                 )
             if key not in known:
                 raise ConfigError(f"checkpoint.allow_changes: {unknown_name('key', key, known)}")
+
+    def _check_quantization(self) -> None:
+        kind = self.model.quantization
+        if kind == "none":
+            return
+        require(self.lora.r > 0, f"model.quantization={kind} freezes the base, but lora.r=0: set --lora.r 16")
+        remedy = "set --lora.use_dora false, or --model.quantization none"
+        require(not self.lora.use_dora, f"lora.use_dora reads the base weights, which {kind} has packed: {remedy}")
 
     def _check_reference(self) -> None:
         if not self.loss.needs_reference:

@@ -129,7 +129,14 @@ def _attempt(config: Config, world: World, log: RunLog, stop: StopRequest, train
         return FINISHED
     if config.checkpoint.resume == "never" and status:
         raise ConfigError(f"run.dir={log.directory} holds a run and checkpoint.resume=never: give another --run.dir")
-    return FINISHED if train(Run(config, world, log, stop)) else STOPPED
+    try:
+        return FINISHED if train(Run(config, world, log, stop)) else STOPPED
+    except (RuntimeError, MemoryError) as error:
+        from dpo.advice import explain, ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        raise explain(config, world) from error
 
 
 def _note(code: int, error: Exception) -> tuple[int, str]:

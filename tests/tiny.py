@@ -62,7 +62,14 @@ def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
     return tokenizer.to_str()
 
 
-def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = CHATML, experts: int = 0) -> Path:
+def tiny_model(
+    folder: Path,
+    *,
+    tied: bool = True,
+    chat_template: str | None = CHATML,
+    experts: int = 0,
+    hidden_size: int = 32,
+) -> Path:
     """A random two-layer Llama with a tokenizer in `folder`, with logits far from uniform so that errors show; with
     `experts` a Mixtral that sends each token to two of so many."""
     import torch
@@ -73,8 +80,8 @@ def tiny_model(folder: Path, *, tied: bool = True, chat_template: str | None = C
     config = AutoConfig.for_model(
         "mixtral" if experts else "llama",
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,20 @@ class Lab:
 
     def train(self, num_ranks: int, *commands: list[str]) -> None:
         """Run the command lines one after another in the same ranks; all must end well or stopped on request."""
+        self.run_script(num_ranks, "members.py", commands)
+
+    def run_script(self, num_ranks: int, script: str, commands: Sequence[list[str]]) -> None:
+        """Give a script of this folder a file of command lines, in so many ranks; it must end well."""
         members = self.folder / f"members-{len(list(self.folder.iterdir()))}.json"
         members.write_text(json.dumps(commands))
-        done = run([*launcher(num_ranks), str(ROOT / "tests/distributed/members.py"), str(members)])
+        done = run([*launcher(num_ranks), str(ROOT / "tests/distributed" / script), str(members)], timeout_s=900)
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def refused(self, num_ranks: int, command: list[str]) -> str:
+        """The line with which a command line is refused."""
+        done = run([*launcher(num_ranks), str(ROOT / "train_dpo.py"), *command])
+        assert done.returncode in (2, 3), done.stdout + done.stderr
+        return done.stderr.strip()
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl of a run."""

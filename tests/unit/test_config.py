@@ -124,7 +124,7 @@ def test_the_rank_that_the_deepspeed_launcher_adds_is_ignored() -> None:
         (["--data.max-length", "9"], "did you mean '--data.max_length'?"),
         (["--max_steps", "3"], "did you mean '--train.max_steps'?"),
         (["--num_train_epochs", "3"], "did you mean '--train.epochs'?"),
-        (["--model.quantization", "nf4"], "unknown flag '--model.quantization': --help lists the known ones"),
+        (["--model.quantized", "nf4"], "unknown flag '--model.quantized': did you mean '--model.quantization'?"),
         (["stray"], "unexpected argument 'stray'"),
         (["--data.shuffle", "on"], "--data.shuffle: expected true or false, found 'on'"),
         (["--train.seed", "9" * 400, *REQUIRED], "train.seed must be in [0, 2**32)"),

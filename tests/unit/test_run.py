@@ -19,7 +19,7 @@ import train_dpo
 from data_utils import reader
 from data_utils.manifest_command import describe
 from data_utils.reader import StepReader, TokenizedStep
-from dpo import attention
+from dpo import advice, attention
 from dpo.engine import SingleEngine, StepResult
 from dpo.files import read_rows
 from dpo.policy import Policy
@@ -348,3 +348,29 @@ def test_losses_are_added_up_with_their_weights(folder: Path) -> None:
     alone, *_ = train(folder, "alone", "--config", str(folder / "alone.yaml"))
     assert before["eval_loss"] == pytest.approx(2 * math.log(2) + 0.5 * alone["eval_loss"], abs=1e-5)
     assert before["eval_rewards/accuracies"] == 0.5
+
+
+def test_running_out_of_memory_names_the_smallest_change(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*arguments: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Run, "count", allocate)
+    assert code_of(folder, "memory", {}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory on cpu: weights, gradients, optimizer and reference take 0.0 GiB")
+    assert "is the largest part" in error and "set --batch.tokens_per_micro_batch " in error
+    assert json.loads((folder / "memory" / "status.json").read_text())["state"] == "failed"
+    monkeypatch.setattr(Run, "count", lambda *arguments: [][1])
+    assert code_of(folder, "other", {}) == 1
+
+
+def test_a_run_that_will_not_fit_is_told_so_at_its_start(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "SMALL", 0)
+    monkeypatch.setattr(advice, "_limit", lambda world: 1.1 * 2**30)
+    train(folder, "warned", "--train.max_steps", "1")
+    out = capsys.readouterr().out
+    assert "warning: the plan takes 1." in out and "GiB per device, of which allowance 1." in out

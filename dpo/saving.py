@@ -73,8 +73,8 @@ class Saver:
             )
         if state.trained != trained:
             raise CheckpointError(
-                f"{path}: holds {state.trained} training, not {trained}: keep lora.r and model.quantization, or start a new run from"
-                " the exported weights"
+                f"{path}: holds {state.trained} training, not {trained}: keep lora.r and model.quantization, or start a"
+                " new run from the exported weights"
             )
         if state.dtype != self._dtype:
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 
@@ -125,7 +126,7 @@ def _labels(responses: list[list[int]], spans: list[Spans]) -> torch.Tensor:
     return torch.tensor([id for response, scored in both for start, end in scored for id in response[start:end]])
 
 
-def _columns(columns: list[PairColumns]) -> dict[str, torch.Tensor]:
+def _columns(columns: list[PairColumns]) -> dict[str, Any]:
     def tensor_B(values: list[float | None], absent: float) -> torch.Tensor:
         return torch.tensor([absent if value is None else value for value in values], dtype=torch.float32)
 

@@ -161,7 +161,9 @@ class Objective:
             chosen_B, rejected_B = pairs.policy_chosen_logps_B, pairs.policy_rejected_logps_B
             moved_B = slopes.chosen_B * (chosen_B - chosen_B.detach())
             return slopes.loss_B + moved_B + slopes.rejected_B * (rejected_B - rejected_B.detach())
-        losses = {name: LOSSES[name](self._terms(pairs, name), self._options[name]) for name in self._weights}
+        losses: dict[LossName, Tensor] = {
+            name: LOSSES[name](self._terms(pairs, name), self._options[name]) for name in self._weights
+        }
         loss_B = torch.stack([self._weights[name] * loss_B for name, loss_B in losses.items()]).sum(0)
         return loss_B * wpo_weights(pairs) if self._wpo else loss_B
 

@@ -24,11 +24,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {path} is not there: has the run finished?", file=sys.stderr)
         return 2
     summary = json.loads(path.read_text(encoding="utf-8"))
-    shares = [(summary.get(f"checker_{side}") or {}).get("all") for side in ("before", "after")]
-    if None in shares:
+    before, after = ((summary.get(f"checker_{side}") or {}).get("all") for side in ("before", "after"))
+    if before is None or after is None:
         print(f"error: {path} has no checker_before and checker_after: run it with eval.generate", file=sys.stderr)
         return 2
-    before, after = shares
     if after <= before:
         print(f"error: {before:.0%} of the answers obeyed before training, {after:.0%} after it", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,13 @@ def log_records(data: bytes) -> Iterator[bytes]:
 
 
 def test_wandb_goes_on_under_one_id_with_the_same_names(run: Path) -> None:
-    from wandb.proto import wandb_internal_pb2
-
+    records: Any = import_module("wandb.proto.wandb_internal_pb2")
     found: dict[str, dict[int, float]] = {}
     files = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len({path.name for path in files}) == 1 and len(files) == 3
     for file in files:
         for data in log_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
+            record = records.Record()
             record.ParseFromString(data)
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)

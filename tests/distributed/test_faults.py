@@ -104,7 +104,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(steady: Lab) -> None:
 def test_an_exception_is_shown_once_and_from_its_rank(steady: Lab) -> None:
     done = train(steady, "raises", "1:3:raise", *ENGINES["fsdp2"], *SAVING)
     assert done.returncode == 4
-    assert done.stderr.count("RuntimeError: a fault on purpose\n") == 1
+    assert done.stderr.count("[rank 1] RuntimeError: a fault on purpose\n") == 1
     assert "[rank 1] error: RuntimeError: a fault on purpose" in done.stderr
     assert "Traceback" in (steady.folder / "raises" / "logs" / "rank-00001.log").read_text()
     assert_resumes_as_if_undisturbed(steady, "raises", "fsdp2", *SAVING)

@@ -4,9 +4,9 @@
     python data/quickstart/make_pairs.py [--out FOLDER] [--samples FILE] [--only_pick]
 
 `chosen` was said after two worked examples on other topics, which the model imitates, and does what the instruction
-asks; `rejected` was said when it was asked about the topic without any condition, and does not. Both are the model's
-own words; the pair holds the instruction alone, without the examples. Without them the model does as asked one time
-in ten.
+asks; `rejected` was said about the same topic under this or another condition, or without any, and does not. Both are
+the model's own words; the pair holds the instruction alone, without the examples. Without them the model seldom does
+as it is asked.
 
 Sampling takes some minutes of one CPU core. Stopped or killed, the same command goes on: answers are kept, batch by
 batch, in the file of --samples. The seeds are fixed; another machine or version rounds differently and gives other
@@ -156,16 +156,22 @@ def common_words(answers: dict[str, list[dict[str, Any]]]) -> set[str]:
 def pick(file: Path, side: Side) -> list[dict[str, Any]]:
     """The pairs of one side, in random order."""
     answers, per_kind = kept(file), Counter[str]()
-    common = common_words(answers)
+    common, rng = common_words(answers), random.Random(SEED)
+    about: dict[str, list[Instruction]] = {}
+    for one in (one for group in groups(side) for one in group):
+        about.setdefault(one.topic, []).append(one)
     pairs = []
     for instruction in (one for group in groups(side) for one in group):
         good = good_answers(instruction, answers.get(instruction.prompt, []), common)
-        bad = bad_answers(instruction, answers.get(plain(instruction.topic), []))
+        # First what was said about the topic under another condition: as short as chosen, so that style tells nothing.
+        others = [answer for one in about[instruction.topic] for answer in answers.get(one.prompt, [])]
+        rng.shuffle(others)
+        bad = bad_answers(instruction, others)[:1] + bad_answers(instruction, answers.get(plain(instruction.topic), []))
         num_pairs = min(NUM_PAIRS[side], len(bad)) if good else 0
         new = [(good[place % len(good)], bad[place]) for place in range(num_pairs)]
         pairs += [pair_row(instruction, chosen, rejected) for chosen, rejected in new]
         per_kind[instruction.kind] += len(new)
-    random.Random(SEED).shuffle(pairs)
+    rng.shuffle(pairs)
     print(f"{side}: {len(pairs)} pairs; " + ", ".join(f"{kind} {count}" for kind, count in per_kind.items()))
     return pairs
 

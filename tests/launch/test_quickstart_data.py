@@ -168,7 +168,7 @@ def test_pairs_are_picked_again_from_kept_answers(tmp_path: Path) -> None:
     make_pairs.main(["--only_pick", "--samples", str(samples), "--out", str(tmp_path)])
     (row,) = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert said(row, "chosen") == good[0]
-    assert said(row, "rejected") == bad[1], "a whole answer is preferred to a cut one"
+    assert said(row, "rejected") == others[-1], "what was said in the same style comes before what was said without it"
     kept = make_pairs.kept(samples)
     accepted = make_pairs.good_answers(instruction, kept[instruction.prompt], set())
     assert accepted == good

@@ -1,4 +1,4 @@
-"""docs/walkthrough.md shows code that stands where it says: a block below a link is what the file has from that line.
+"""docs/walkthrough.md shows code that stands where it says: a block below a link is in the file, at or near that line.
 
 python -m tests.unit.test_walkthrough      writes the line numbers anew, where the code itself has not changed
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+DRIFT = 30
+"""Lines by which code may move, by edits above it, before the page must follow: the reader still lands near it."""
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "walkthrough.md"
 LINK = re.compile(r"\[`([\w/.]+):(\d+)`\]\(\.\./([\w/.]+)#L(\d+)\)\n```python\n(.*?)```", re.DOTALL)
@@ -38,7 +40,9 @@ BLOCKS = LINK.findall(PAGE.read_text(encoding="utf-8"))
 @pytest.mark.parametrize(("path", "line", "target", "target_line", "block"), BLOCKS)
 def test_the_code_stands_where_the_page_says(path: str, line: str, target: str, target_line: str, block: str) -> None:
     assert (path, line) == (target, target_line)
-    assert places(path, block) == [int(line)], "python -m tests.unit.test_walkthrough writes the numbers anew"
+    (place,) = places(path, block)
+    near = abs(place - int(line)) <= DRIFT
+    assert near, f"it is line {place} now: python -m tests.unit.test_walkthrough writes the numbers anew"
 
 
 def test_every_block_and_every_file_is_looked_at() -> None:

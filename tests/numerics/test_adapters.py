@@ -20,7 +20,7 @@ BATCH = collate(random_pairs(4, seed=5), "shared", pad_token_id=0)
 
 def adapted(family: str, *, fused: bool, dtype: torch.dtype = torch.float64, **lora: Any) -> tuple[Policy, int]:
     """A policy with adapters that are not the identity any more, and how many of its layers are fused."""
-    model = in_double(tiny_model(family)).to(dtype=dtype)
+    model = in_double(tiny_model(family))
     transform = described(model).logit_transform
     peft = add_lora(model, LoraSection(r=4, **lora), seed=0).to(dtype)
     generator = torch.Generator().manual_seed(1)

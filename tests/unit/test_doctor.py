@@ -366,7 +366,7 @@ def test_the_summary_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_the_command_of_the_readme_runs_from_the_root(tmp_path: Path) -> None:
-    """The quickstart's pairs are easy on purpose, and the doctor sees why: "Sure!" is always rejected."""
+    """The quickstart's answers that obey are mostly the shorter ones, and the doctor sees it."""
     command = [
         "data/quickstart/train.jsonl",
         "--eval",
@@ -378,7 +378,7 @@ def test_the_command_of_the_readme_runs_from_the_root(tmp_path: Path) -> None:
         [sys.executable, "-m", "data_utils.doctor", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
-    assert "it is the rejected one in 100% of cases" in " ".join(done.stdout.split())
+    assert "The chosen response is the shorter one" in " ".join(done.stdout.split())
 
 
 def test_help_answers_at_once() -> None:

@@ -15,6 +15,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 GROW = "{% set ns = namespace(s='x' * 1000000) %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
 BIG = "{{ 'x' * 100000000000 }}"
 REACH = "{{ messages.__class__.__mro__ }}"
+TOO_LONG, TOO_MUCH = "runs for more than 5 s", "more than 1 GiB of memory"
 MESSAGES = [{"role": "user", "content": "a"}]
 
 
@@ -32,7 +33,7 @@ def render(template: str) -> None:
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [(LOOP, "runs for more than 5 s"), (GROW, "more than 1 GiB of memory"), (BIG, "more than 1 GiB of memory")],
+    [(LOOP, TOO_LONG), (GROW, f"({TOO_MUCH}|{TOO_LONG})"), (BIG, TOO_MUCH)],  # a busy machine may not get to copy 1 GiB
 )
 def test_a_template_without_bounds_is_refused_before_it_is_used(template: str, reason: str) -> None:
     since = time.monotonic()

@@ -233,7 +233,7 @@ def test_a_shard_edited_between_two_processes_of_a_run_is_named(clean: Path, tmp
     assert run([*argv, "--train.stop_after_steps", "1"]).returncode == 75
     edit(data / "shard-4.jsonl")
     done = run(argv)
-    assert done.returncode == 2 and "(shard-4.jsonl changed): restore them" in done.stderr, done.stderr
+    assert done.returncode == 2 and "shard-4.jsonl changed now" in done.stderr, done.stderr
 
 
 def test_a_table_edited_between_two_processes_of_a_run_is_named_when_it_is_read(clean: Path, tmp_path: Path) -> None:

@@ -132,9 +132,9 @@ class QuantizedLinear(nn.Linear):
         )
         return bnb.dequantize_4bit(packed.view(torch.uint8).view(-1, 1), state)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., out_features)."""
-        y = _FrozenMatmul.apply(x, self.weight, self.dequantized)
+        y = _FrozenMatmul.apply(input, self.weight, self.dequantized)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -274,6 +274,6 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
             with torch.device("meta"):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False)
             plain.weight = nn.Parameter(module.dequantized(module.weight).float())
-            plain.bias = None if module.bias is None else nn.Parameter(module.bias.float())
+            plain.register_parameter("bias", None if module.bias is None else nn.Parameter(module.bias.float()))
             model.set_submodule(name, plain)
     return model.float()

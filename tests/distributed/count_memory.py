@@ -47,9 +47,7 @@ def count(run: Run, before: dict[int, torch.UntypedStorage]) -> bool:
     (step, *_) = run.steps(run.resume())
     for batch in step.micro_batches:
         run.reference.logps(batch)
-        logps_S, _ = run.engine.forward(batch)
-        run.engine.backward(logps_S.sum(), last=False)
-    del logps_S
+        run.engine.backward(run.engine.forward(batch)[0].sum(), last=False)
     gc.collect()
     build = run.parts
     ds_json = (

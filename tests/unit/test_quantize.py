@@ -134,7 +134,7 @@ def test_what_is_trained_and_what_is_quantized_is_counted_at_full_size(model: Pa
     text = describe_quantized(policy, source, torch.float32)
     assert text == "15.4k weights of 14 linear layers in nf4; embeddings, head, norms in float32"
     assert describe_quantized(policy, plain, torch.float32) == ""
-    policy.model.get_submodule("base_model.model.model.layers.0.mlp").up_proj.base_layer = nn.Linear(32, 48)
+    policy.model.set_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer", nn.Linear(32, 48))
     with pytest.raises(AssertionError):
         describe_quantized(policy, source, torch.float32)
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dpo.config import parse_config
 from dpo.estimate import Setup, memory
 from dpo.run import Run
-from dpo.session import session
+from dpo.session import end_process, session
 from dpo.shapes import count_shapes
 from dpo.world import World
 
@@ -74,4 +74,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    end_process(main(sys.argv[1]))

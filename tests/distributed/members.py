@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dpo
 from dpo import layers, offload
+from dpo.session import end_process
 from dpo.world import World
 
 
@@ -32,4 +33,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    end_process(main(sys.argv[1]))

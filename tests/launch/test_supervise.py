@@ -45,7 +45,14 @@ def start(folder: Path, how: str, restarts: int = 0) -> subprocess.Popen[str]:
     script = SCRIPT.format(root=ROOT, how=how, restarts=restarts)
     environment = os.environ | {"PREFLIGHT": "0", "VIRTUAL_ENV": sys.prefix}
     return subprocess.Popen(
-        ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", script],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # bash cannot trap what was ignored when it started, as SIGINT is in a background job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -167,7 +167,7 @@ def test_a_full_disk_stops_the_run_or_is_told_as_configured(steady: Lab) -> None
     done = train(steady, "full", "0:4:full_in_save", *ENGINES["fsdp2"], *going_on)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("No space left on device; training goes on without this checkpoint") == 1
-    assert same_weights(steady, "full", "steady-fsdp2")
+    assert same_weights(steady, "full", "calm-fsdp2")
 
 
 def flip(checkpoints: Path, random: Random) -> None:

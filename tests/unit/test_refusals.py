@@ -117,7 +117,7 @@ def test_a_run_directory_of_another_config_is_refused(folder: Path, capsys: pyte
     assert train_dpo.main([*argv, "--loss.beta", "0.3"]) == 2
     error = capsys.readouterr().err
     assert "loss.beta  0.1         0.3\n" in error
-    assert f"error: run.dir={folder}/mine holds a run of another config (loss.beta: 0.1 there, 0.3 now)" in error
+    assert f"error: run.dir={folder}/mine holds a run with another config (loss.beta: 0.1 there, 0.3 now)" in error
     assert (folder / "mine" / "config.yaml").read_text() == before
     assert train_dpo.main([*argv, "--checkpoint.resume", "never"]) == 2
     assert train_dpo.main(argv) == 0

@@ -47,7 +47,7 @@ class Lab:
         """Give a script of this folder a file of command lines, in so many ranks; it must end well."""
         members = self.folder / f"members-{len(list(self.folder.iterdir()))}.json"
         members.write_text(json.dumps(commands))
-        done = run([*launcher(num_ranks), str(ROOT / "tests/distributed" / script), str(members)], timeout_s=900)
+        done = run([*launcher(num_ranks), str(ROOT / "tests/distributed" / script), str(members)], timeout_s=1800)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def refused(self, num_ranks: int, command: list[str]) -> str:

@@ -15,17 +15,8 @@ from data_utils.schema import PairBatch
 from dpo.estimate import train_flops
 from dpo.loss import PairLogps, pair_metrics
 from dpo.policy import Sizes
+from dpo.scores import PAIR_KEYS
 from dpo.world import World
-
-PAIR_KEYS: tuple[str, ...] = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
 
 
 class Tally:

@@ -114,7 +114,7 @@ def means(scores: Scores) -> dict[str, float]:
     return {key: float(np.mean(value)) for key, value in values.items()}
 
 
-MEANS = (
+PAIR_KEYS = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -122,6 +122,10 @@ MEANS = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+)
+"""Those of training too."""
+MEANS = (
+    *PAIR_KEYS,
     "rewards/accuracies_length_controlled",
     "drift/chosen",
     "drift/rejected",

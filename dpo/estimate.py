@@ -3,14 +3,15 @@
 What each part stands for, per device (T tokens of a micro-batch, b bytes of the compute dtype, W ranks, S of them
 sharing one copy of the weights):
 
-    weights      frozen ones in b; trained ones in fp32 (and a copy in b, where the engine computes with one)
+    weights      frozen ones in b; trained ones in fp32 (and a copy in b, where the engine computes with one); the
+                 model's buffers, quantization's statistics among them, which every rank holds
     gradients    of the trained weights, in fp32
     optimizer    AdamW's two moments of each trained weight
     reference    the frozen copy, where there is one
     activations  T * bytes kept per token; with checkpointing the input of each layer, and one layer's own; offloaded,
                  two layers' part of it
     head         the chunk of logits (128 MiB), hidden states of scored positions and their gradient
-    buffers      weights that an engine gathers, gradients that it is about to reduce; quantization's statistics
+    buffers      weights that an engine gathers, gradients that it is about to reduce
     allowance    CUDA context, NCCL, the allocator's fragments
 """
 
@@ -119,6 +120,7 @@ def memory(setup: Setup, shapes: Shapes) -> tuple[dict[str, float], dict[str, fl
     for what, parts in moved.items():
         for part in parts if setup.offloads(what) else ():
             host[part], held[part] = held[part], 0.0
+    held["weights"] += shapes.buffer_bytes
     if setup.config.reference.offload:
         host["reference"], held["reference"] = held["reference"], 0.0
     held["activations"], host["activations"] = activations(setup, shapes)
@@ -164,7 +166,7 @@ def _single(setup: Setup, shapes: Shapes) -> dict[str, float]:
         "weights": _frozen_bytes(shapes.weights) + num_trained * (4 + setup.dtype_bytes * mixed),
         "gradients": 4.0 * num_trained,
         "optimizer": _optimizer_bytes(setup, num_trained),
-        "buffers": shapes.buffer_bytes + _largest(shapes) * setup.dtype_bytes,
+        "buffers": _largest(shapes) * setup.dtype_bytes,
     }
 
 
@@ -182,7 +184,7 @@ def _fsdp2(setup: Setup, shapes: Shapes) -> dict[str, float]:
         "weights": frozen + 4.0 * num_trained,
         "gradients": 4.0 * num_trained,
         "optimizer": _optimizer_bytes(setup, num_trained),
-        "buffers": shapes.buffer_bytes + root[0] + 2 * layer[0] + max(root[1], layer[1]) * (setup.dtype_bytes + 4),
+        "buffers": root[0] + 2 * layer[0] + max(root[1], layer[1]) * (setup.dtype_bytes + 4),
     }
 
 
@@ -203,7 +205,7 @@ def _deepspeed(setup: Setup, shapes: Shapes) -> dict[str, float]:
     num_trained, ranks, b = _trained(shapes), setup.world_size, setup.dtype_bytes
     whole = _frozen_bytes(shapes.weights) + num_trained * b
     bucket = min(setup.zero.get("reduce_bucket_size", 5e8), num_trained) * 4
-    buffers = shapes.buffer_bytes + bucket * (2 if setup.zero.get("overlap_comm") else 1)
+    buffers = bucket * (2 if setup.zero.get("overlap_comm") else 1)
     if setup.stage == 3:
         buffers += min(setup.zero.get("stage3_max_live_parameters", 1e9) * b, whole)
         weights = whole / ranks

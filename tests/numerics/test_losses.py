@@ -343,6 +343,7 @@ def test_the_slopes_of_a_step_do_not_depend_on_its_micro_batches(name: str, size
     objective, expected = Objective(ACROSS[name]), Objective(ACROSS[name])
     assert objective.looks_across
     batch = some_batch()
+    seen: dict[str, Any] = {"rewards": [], "margin": torch.zeros(())}
     for step in range(2):
         policy_S, reference_S = some_logps(batch, seed=step)
         whole = pairs_of(objective, batch, policy_S, reference_S)
@@ -355,7 +356,7 @@ def test_the_slopes_of_a_step_do_not_depend_on_its_micro_batches(name: str, size
             total = total + (weight_B[rows] * objective.loss(part, mine)).sum()
             offset += size
         (gradient_S,) = torch.autograd.grad(total, policy_S)
-        by_hand = whole_loss(expected, whole, weight_B, ACROSS[name])
+        by_hand = whole_loss(expected, whole, weight_B, ACROSS[name], seen)
         (expected_S,) = torch.autograd.grad(by_hand, policy_S)
         assert total.item() == pytest.approx(by_hand.item(), rel=1e-12)
         torch.testing.assert_close(gradient_S, expected_S, rtol=1e-10, atol=1e-12)
@@ -366,16 +367,14 @@ def live(pairs: PairLogps) -> dict[str, Tensor]:
     return {spec.name: value for spec in fields(pairs) if (value := getattr(pairs, spec.name)) is not None}
 
 
-MEMORY: dict[int, dict[str, Any]] = {}
-
-
-def whole_loss(objective: Objective, pairs: PairLogps, weight_B: Tensor, loss: LossSection) -> Tensor:
-    """The loss over the step at once, with running means kept by hand; `objective` holds them from step to step."""
+def whole_loss(
+    objective: Objective, pairs: PairLogps, weight_B: Tensor, loss: LossSection, seen: dict[str, Any]
+) -> Tensor:
+    """The loss over the step at once, with running means kept by hand in `seen`."""
     counts_B = weight_B > 0
     some = replace(pairs, **{key: value[counts_B] for key, value in live(pairs).items()})
     chosen_B = some.beta_B * (some.policy_chosen_logps_B - some.reference_chosen_logps_B).detach()
     rejected_B = some.beta_B * (some.policy_rejected_logps_B - some.reference_rejected_logps_B).detach()
-    seen = MEMORY.setdefault(id(objective), {"rewards": [], "margin": torch.zeros(())})
     seen["rewards"] += [*chosen_B.tolist(), *rejected_B.tolist()]
     mean = (chosen_B - rejected_B).mean()
     factor = 1 + loss.beta_gain * (mean - seen["margin"])

@@ -28,8 +28,8 @@ def train(run: Run) -> bool:
             policy_logps_S, statistic_S = engine.forward(batch, objective.statistic)
             pairs = objective.pairs(batch, policy_logps_S, statistic_S, reference_logps_S)
             loss_B = objective.with_routers(objective.loss(pairs, slopes), engine.policy.balance_B)
-            loss = (batch.weight_B * loss_B).sum() * step.pair_weight
-            engine.backward(loss, last=number == len(step.micro_batches))
+            loss, last = (batch.weight_B * loss_B).sum() * step.pair_weight, number == len(step.micro_batches)
+            engine.backward(run.unless_spike(loss, last), last)
             run.count(batch, pairs, loss_B)
         result = engine.step(run.learning_rate(step.number))
         run.after(step, result)

@@ -49,6 +49,7 @@ class TrainerState:
         pairs_seen, rows_skipped (by cause), steps_skipped, seconds: totals since the start of the run.
         eval_before: the evaluation before training.
         objective: running means of the loss.
+        losses: of the last steps, oldest first, for `train.spike_sigmas`.
     """
 
     step: int
@@ -70,6 +71,7 @@ class TrainerState:
     seconds: float
     eval_before: dict[str, float] = field(default_factory=dict)
     objective: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -22,9 +22,22 @@ from dpo.refusals import ConfigError
 from dpo.steps import AgreedStep
 
 Kind = Literal[
-    "kill", "exit", "raise", "hang", "slow", "nan", "term", "usr1", "kill_in_save", "full_in_save", "term_in_save"
+    "kill",
+    "exit",
+    "raise",
+    "hang",
+    "slow",
+    "nan",
+    "spike",
+    "term",
+    "usr1",
+    "kill_in_save",
+    "full_in_save",
+    "term_in_save",
 ]
 VARIABLE = "DPO_FAULT"
+_WEIGHED = {"nan": float("nan"), "spike": 1e3}
+"""What a rank's first micro-batch of the step is multiplied by."""
 SLOW_S = 1.0
 """How long a slow rank sleeps before each step from STEP on."""
 
@@ -63,9 +76,9 @@ class Faults:
         """What becomes of a step that is about to be computed."""
         number = step.number + 1
         for at, kind in self._faults:
-            if kind == "nan" and at == number:
+            if kind in _WEIGHED and at == number:
                 first, *others = step.micro_batches
-                step = replace(step, micro_batches=[replace(first, weight_B=first.weight_B * float("nan")), *others])
+                step = replace(step, micro_batches=[replace(first, weight_B=first.weight_B * _WEIGHED[kind]), *others])
             elif kind == "slow" and number >= at:
                 time.sleep(SLOW_S)
             elif at == number and kind in _ACTIONS:

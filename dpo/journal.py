@@ -16,7 +16,7 @@ from dpo.clock import Clock
 from dpo.engine import StepResult
 from dpo.loss import PairLogps
 from dpo.metrics import Tally, Throughput, means, memory_use, peak_flops
-from dpo.numbers import BadSteps
+from dpo.numbers import BadSteps, SpikeRule
 from dpo.parts import Parts
 from dpo.scores import Scores, drift_warning, evaluation_metrics
 from dpo.steps import AgreedStep
@@ -50,7 +50,9 @@ class Journal:
         self._tally = Tally(self._world)
         self._throughput = Throughput(self._world, parts.sizes, peak_flops(self._world.device, parts.dtype))
         self.totals = Totals()
-        self.bad_steps = BadSteps(self._world.device, parts.config.train.max_bad_steps)
+        train = parts.config.train
+        self.bad_steps = BadSteps(self._world.device, train.max_bad_steps, train.spike_sigmas)
+        self.spikes = SpikeRule(self._world, train.spike_sigmas)
         self._skipped = Skipped()  # by this rank, in this process
         self._num_skipped = 0  # by all ranks
         self._unread: set[str] = set()
@@ -64,6 +66,7 @@ class Journal:
         if self._world.is_main:
             self._tally.add_sums(state.sums, state.num_pairs)
         self.bad_steps.total = state.steps_skipped
+        self.spikes.restore(state.losses)
         self.totals = Totals(
             state.pairs_seen, Counter(state.rows_skipped), state.steps_skipped, state.seconds, dict(state.eval_before)
         )
@@ -181,7 +184,7 @@ class Journal:
         if line := self._watchdog.straggler(seen):
             self._parts.terminal.say(line)
         if skipped > self.totals.steps_skipped:
-            self._parts.terminal.say(f"warning: gradient norm was not finite; {skipped} steps skipped so far")
+            self._parts.terminal.say(f"warning: {self.bad_steps.cause}; {skipped} steps skipped so far")
         self.totals.steps_skipped = skipped
         self._tally.clear()
         self._throughput.clear()
@@ -222,6 +225,7 @@ class Journal:
             "pairs_seen": self.totals.pairs_seen,
             "rows_skipped": dict(self.totals.rows_skipped + self._everyones_skipped().causes),
             "steps_skipped": self.bad_steps.read(),
+            "losses": self.spikes.state(),
             "seconds": self.seconds,
             "eval_before": self.totals.eval_before,
         }

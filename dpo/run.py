@@ -130,6 +130,10 @@ class Run:
         self._rate = learning_rate(step - bad_steps.total, self.plan, self.config.optim)
         return self._rate
 
+    def unless_spike(self, loss: Tensor, last: bool) -> Tensor:
+        """This rank's part of a step's loss, made NaN where the step's loss leapt, so that the step is skipped."""
+        return self.journal.spikes.guard(loss, last)
+
     def count(self, batch: PairBatch, pairs: PairLogps, loss_B: Tensor) -> None:
         """Note a micro-batch."""
         self.journal.count(batch, pairs, loss_B)

@@ -140,7 +140,7 @@ class RunLog:
                     file.write(json.dumps({"attempt": self.attempt, "step": step, **change}, default=str) + "\n")
 
     def ledger(self, step: int, pairs: Sequence[str], skipped: bool) -> None:
-        """Append the pairs of a step to ledger.jsonl; `skipped`: their gradient was not finite and changed nothing."""
+        """Append the pairs of a step to ledger.jsonl; `skipped`: the step changed nothing."""
         if self.is_main:
             entry = {"step": step, "pairs": list(pairs)} | ({"skipped": True} if skipped else {})
             with (self.directory / "ledger.jsonl").open("a") as file:

@@ -359,7 +359,10 @@ class TrainSection:
     stop_after_steps: int | None = None
     """Stop this process after so many steps with a checkpoint and exit code 75, to be resumed."""
     max_bad_steps: int = 5
-    """Stop when so many steps in a row had a gradient that is not finite; such steps change nothing."""
+    """Stop when so many steps in a row were skipped: their gradient was not finite, or their loss leapt."""
+    spike_sigmas: float = 0.0
+    """Skip a step whose loss is so many standard deviations above the mean of the last 128 steps'; 0: never. 6 is a
+    good value for long runs; the rule needs 32 steps before it judges."""
     seed: int = 42
     """Seed of data order, adapter initialization and dropout."""
     gradient_checkpointing: bool = False
@@ -388,6 +391,7 @@ class TrainSection:
         if self.stop_after_steps is not None:
             at_least("train.stop_after_steps", self.stop_after_steps, 1)
         at_least("train.max_bad_steps", self.max_bad_steps, 1)
+        at_least("train.spike_sigmas", self.spike_sigmas, 0)
         require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), not {self.seed}")
 
 

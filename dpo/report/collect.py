@@ -183,7 +183,7 @@ def _warnings(status: Row, training: Sequence[Row], evaluations: Sequence[Row]) 
         found.append(f"The run is not finished: {status['state']} at step {status.get('step')}.")
     last = training[-1] if training else {}
     if last.get("skipped_steps"):
-        found.append(f"{last['skipped_steps']} steps were skipped, since their gradient norm was not finite.")
+        found.append(f"{last['skipped_steps']} steps were skipped: their gradient was not finite, or their loss leapt.")
     if last.get("skipped_rows"):
         found.append(f"{last['skipped_rows']} rows could not be used and were left out.")
     latest = evaluations[-1] if evaluations else {}

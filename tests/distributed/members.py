@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dpo
-from dpo import layers, offload
+from dpo import layers, numbers, offload
 from dpo.session import end_process
 from dpo.world import World
 
@@ -22,6 +22,7 @@ from dpo.world import World
 def main(path: str) -> int:
     """Run all members; returns the exit code."""
     offload.LEAST_BYTES = 1024
+    numbers.LEAST_LOSSES = 3
     layers.BACKEND = "aot_eager"  # of train.compile: all but the making of kernels, which takes a minute
     World.leave = lambda self: None  # DeepSpeed keeps groups for the life of a process, so all members share one
     for argv in json.loads(Path(path).read_text()):

@@ -89,6 +89,25 @@ def test_a_loss_that_is_not_a_number_on_one_rank_is_skipped_by_all(steady: Lab) 
         assert all(tensor.isfinite().all() for tensor in final(steady, f"nan-{name}").values())
 
 
+def test_a_loss_that_leaps_on_one_rank_is_skipped_by_all(steady: Lab) -> None:
+    flags = [*SAVING, "--train.spike_sigmas", "6"]
+    members = steady.folder / "spike.json"
+    commands = [steady.command(f"spike-{name}", *ENGINES[name], *flags) for name in ("fsdp2", "zero3")]
+    stopped = steady.command("spike-resumed", *ENGINES["fsdp2"], *flags)
+    members.write_text(json.dumps([*commands, [*stopped, "--train.stop_after_steps", "4"], stopped]))
+    command = [*launcher(2), str(ROOT / "tests/distributed/members.py"), str(members)]
+    done = run(command, 300, ENVIRONMENT | {"DPO_FAULT": "1:5:spike"})
+    assert done.returncode == 0, done.stderr
+    assert "warning: the gradient was not finite or the loss leapt (train.spike_sigmas); 1 steps skipped" in done.stdout
+    calm = steady.training_rows("calm-fsdp2")
+    for name in ("spike-fsdp2", "spike-zero3", "spike-resumed"):
+        rows = steady.training_rows(name)
+        assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1], name
+        assert rows[5]["learning_rate"] == calm[4]["learning_rate"]
+        assert rows[4]["loss"] > 50 * calm[4]["loss"]
+    assert same_weights(steady, "spike-fsdp2", "spike-resumed")
+
+
 def final(lab: Lab, name: str) -> dict[str, torch.Tensor]:
     return load_file(lab.folder / name / "final" / "model.safetensors")
 

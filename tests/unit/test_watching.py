@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from dpo.differences import refuse
 from dpo.faults import Faults
-from dpo.numbers import BadSteps
+from dpo.numbers import LEAST_LOSSES, WINDOW, BadSteps, SpikeRule
 from dpo.refusals import ConfigError
 from dpo.watchdog import PHASES, Watchdog, look
+from dpo.world import World
 
 
 def test_bad_steps_are_counted_and_end_a_run_when_they_are_too_many_in_a_row() -> None:
@@ -25,6 +27,41 @@ def test_bad_steps_are_counted_and_end_a_run_when_they_are_too_many_in_a_row() -
     bad.note(torch.tensor(1.0))
     with pytest.raises(ConfigError, match=r"^steps 4 to 6: the gradient was not finite 3 times in a row"):
         bad.require(6)
+
+
+def multiples(rule: SpikeRule, losses: list[float]) -> list[float]:
+    """What a step's gradient is multiplied by, for each of these losses in turn, given in two micro-batches."""
+    found = []
+    for loss in losses:
+        parts = [torch.tensor(part, requires_grad=True) for part in (0.25 * loss, 0.75 * loss)]
+        for part, last in zip(parts, (False, True), strict=True):
+            rule.guard(part, last).backward()
+        assert parts[0].grad == 1
+        found.append(float(parts[1].grad))  # type: ignore[arg-type]
+    return found
+
+
+def test_a_loss_that_leaps_is_told_from_those_that_vary() -> None:
+    """Losses of 1 +- 0.1 alternate, so that 6 standard deviations above their mean is 1.6, then more."""
+    rule = SpikeRule(World(0, 1, 0, torch.device("cpu"), None), 6.0)
+    calm = [0.9, 1.1] * (LEAST_LOSSES // 2)
+    assert multiples(rule, [0.9, 100.0, 1.1]) == [1, 1, 1]  # too few to judge by
+    rule.restore([])
+    assert multiples(rule, calm) == [1] * len(calm)
+    seen = multiples(rule, [1.59, 2.0, -5.0, float("nan"), 1.61])
+    assert seen[0] == 1 and seen[1] != seen[1] and seen[2:4] == [1, 1]
+    kept = json.loads(json.dumps(rule.state()))
+    assert kept[:-3] == pytest.approx(calm) and kept[-3:] == pytest.approx([1.59, -5.0, 1.61])
+    again = SpikeRule(World(0, 1, 0, torch.device("cpu"), None), 6.0)
+    again.restore(kept)
+    longer = [1.0, 30.0, *calm * 5]
+    assert str(multiples(rule, longer)) == str(multiples(again, longer))
+    assert len(again.state()) == WINDOW and again.state() == rule.state()
+
+
+def test_without_the_rule_the_loss_is_what_it_was() -> None:
+    loss = torch.tensor(3.0)
+    assert SpikeRule(World(0, 1, 0, torch.device("cpu"), None), 0.0).guard(loss, True) is loss
 
 
 def test_a_stack_tells_its_phase() -> None:

@@ -23,6 +23,7 @@ from dpo.steps import AgreedStep
 
 Kind = Literal[
     "kill",
+    "crash",
     "exit",
     "raise",
     "hang",
@@ -115,6 +116,7 @@ def _full() -> None:
 
 _ACTIONS: dict[str, Callable[[], None]] = {
     "kill": _send(signal.SIGKILL),
+    "crash": _send(signal.SIGSEGV),
     "exit": _exit,
     "raise": _raise,
     "hang": _send(signal.SIGSTOP),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import json
 import logging
@@ -99,6 +100,7 @@ class RunLog:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         self._handler = handler
+        faulthandler.enable(handler.stream)  # what a crash in C leaves behind
         if not self.is_main:
             return
         record = {
@@ -176,6 +178,7 @@ class RunLog:
         for tracker in self._trackers:
             tracker.close()
         if self._handler is not None:
+            faulthandler.disable()
             logging.getLogger().removeHandler(self._handler)
             self._handler.close()
         if self._lock is not None:

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import IO
 
 DONE, UNEXPECTED, CONFIG, CHECKPOINT, PEER, STOPPED = 0, 1, 2, 3, 4, 75
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+"""Signals of a fault in C; faulthandler writes the stacks."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_S = 0.05
 CRASH_GRACE_S = 1.2
@@ -204,6 +206,9 @@ def explain(rank: Rank, command: list[str], num_ranks: int, folder: Path) -> str
     if code in (UNEXPECTED, CONFIG, CHECKPOINT, PEER):
         return "see the ranks' logs"  # the rank has said so itself
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    run_dir = run_directory(folder)
+    if -code in CRASHES and run_dir is not None:
+        how += f" (its stacks are in {run_dir}/logs/rank-{rank.number:05d}.log)"
     step = last_step(folder, rank.number)
     how += "" if step is None else f" after step {step}"
     if command[1] == "-m":  # a tool; launch/local.sh starts the trainer only
@@ -222,11 +227,19 @@ def last_step(folder: Path, rank: int) -> int | None:
     return None
 
 
+def run_directory(folder: Path) -> Path | None:
+    """The run directory that rank 0 has opened; None before that."""
+    with contextlib.suppress(OSError):
+        return Path((folder / "run_dir").read_text())
+    return None
+
+
 def settle_status(folder: Path, code: int, reason: str) -> None:
     """Correct a status.json that says `running` of a run that has ended, for its rank 0 could not do it, or that only
     knows that a peer was lost."""
+    run_dir = run_directory(folder)
     try:
-        path = Path((folder / "run_dir").read_text()) / "status.json"
+        path = (run_dir or folder) / "status.json"
         status = json.loads(path.read_text())
     except (OSError, ValueError):
         return  # no run directory was opened

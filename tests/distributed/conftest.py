@@ -48,7 +48,13 @@ class Lab:
         members = self.folder / f"members-{len(list(self.folder.iterdir()))}.json"
         members.write_text(json.dumps(commands))
         done = run([*launcher(num_ranks), str(ROOT / "tests/distributed" / script), str(members)], timeout_s=1800)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr + self.last_logs()
+
+    def last_logs(self) -> str:
+        """The ends of the ranks' logs of the run that wrote last."""
+        logs = sorted(self.folder.glob("*/logs/rank-*.log"), key=lambda path: path.stat().st_mtime)
+        same = [path for path in logs if path.parent == logs[-1].parent]
+        return "".join(f"\n--- {path}\n{path.read_text()[-8000:]}" for path in same)
 
     def refused(self, num_ranks: int, command: list[str]) -> str:
         """The line with which a command line is refused."""

@@ -7,9 +7,12 @@ MEMBERS.json: a list of command lines of train_dpo.py. Ends with the first exit 
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,6 +30,8 @@ def main(path: str) -> int:
     World.leave = lambda self: None  # DeepSpeed keeps groups for the life of a process, so all members share one
     for argv in json.loads(Path(path).read_text()):
         code = train_dpo.main(argv)
+        gc.collect()  # else a later collection, in whatever thread, tears down what is compiled while it is looked up
+        torch._dynamo.reset()
         if code not in (0, 75):
             print(f"member failed with {code}: {argv}", file=sys.stderr)
             return code

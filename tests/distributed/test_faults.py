@@ -129,6 +129,14 @@ def test_an_exception_is_shown_once_and_from_its_rank(steady: Lab) -> None:
     assert_resumes_as_if_undisturbed(steady, "raises", "fsdp2", *SAVING)
 
 
+def test_a_crash_in_c_leaves_its_stacks(steady: Lab) -> None:
+    done = train(steady, "crashes", "1:3:crash", *ENGINES["fsdp2"])
+    log = steady.folder / "crashes" / "logs" / "rank-00001.log"
+    assert done.returncode == 4
+    assert f"error: rank 1 on {HOST} was ended by SIGSEGV (its stacks are in {log}) after step 2, and " in done.stderr
+    assert "Fatal Python error: Segmentation fault" in log.read_text() and "in train\n" in log.read_text()
+
+
 def test_an_early_exit_is_a_failure(steady: Lab) -> None:
     done = train(steady, "leaves", "1:3:exit", *ENGINES["fsdp2"])
     assert done.returncode == 4

@@ -226,7 +226,8 @@ def open_scorer(config: Config, source: Pretrained, engine: Engine) -> Callable[
     """
     if config.reference_source == "adapter_off":
         return lambda: _adapter_off(engine)
-    return lambda: engine.frozen_scorer(source, config.reference.offload)
+    moves = config.reference.sync_steps is not None
+    return lambda: engine.frozen_scorer(source, config.reference.offload, moves)
 
 
 def _adapter_off(engine: Engine) -> Scorer:

@@ -8,6 +8,7 @@ step whose gradient norm is not finite changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from data_utils.schema import Layout, PairBatch
 from dpo.config import Config, ConfigError, OptimSection
 from dpo.layers import require_compiler
 from dpo.logps import HeadStatistic
+from dpo.moving import MovingCopy, Part
 from dpo.optimizers import fill_state, make_optimizer, restore_step, state_slices
 from dpo.plan import Plan
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
@@ -56,8 +58,16 @@ class Engine(Protocol):
         """Clip, update, and clear the gradients."""
         ...
 
-    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
-        """A second, frozen model, held like the policy; the scorer returns (S,) log-probs without grad."""
+    def frozen_scorer(self, source: Pretrained, offload: bool, moves: bool = False) -> Scorer:
+        """A second, frozen model, held like the policy; the scorer returns (S,) log-probs without grad.
+
+        Args:
+            moves: `move_reference` is going to change it, and its weights are slices as well (key reference).
+        """
+        ...
+
+    def move_reference(self, share: float) -> None:
+        """Move the frozen model's weights towards the policy's by a share in (0, 1] (`dpo.moving`)."""
         ...
 
     def slices(self) -> Iterator[Slice]:
@@ -184,6 +194,7 @@ class TorchEngine:
         self.parameters = parameters
         self.max_grad_norm = optim.max_grad_norm
         self.optimizer = make_optimizer(parameters, optim)
+        self.moving: MovingCopy | None = None
         fill_state(self.optimizer)
 
     def forward(
@@ -223,8 +234,20 @@ class TorchEngine:
 
     def slices(self) -> Iterator[Slice]:
         """See `Engine`."""
+        return self._slices() if self.moving is None else self.moving.beside(self._slices())
+
+    def _slices(self) -> Iterator[Slice]:
         for name, parameter in self.parameters.items():
             yield from state_slices(self.optimizer, name, parameter, self._local, self._first_element(parameter))
+
+    def _weights(self) -> list[Slice]:
+        """The slices of weights alone, without such as an optimizer adds."""
+        return [piece for piece in self._slices() if piece.name in self.parameters]
+
+    def move_reference(self, share: float) -> None:
+        """See `Engine`."""
+        assert self.moving is not None
+        self.moving.move(self._weights(), share)
 
     @property
     def is_writer(self) -> bool:
@@ -245,6 +268,8 @@ class TorchEngine:
             reader.read(piece)
         for parameter in self.parameters.values():
             restore_step(self.optimizer, parameter, reader.step)
+        if self.moving is not None:
+            self.moving.refresh(self._weights())
 
     def _first_element(self, parameter: Tensor) -> int:
         """Where this rank's part of a parameter begins in it, flattened."""
@@ -294,10 +319,18 @@ class SingleEngine(TorchEngine):
         if self.parameters is not self.computing:
             torch._foreach_copy_([p.detach() for p in self.computing.values()], list(self.parameters.values()))
 
-    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+    def frozen_scorer(self, source: Pretrained, offload: bool, moves: bool = False) -> Scorer:
         """See `Engine`."""
         model = frozen_policy(source, self.policy.layout, self.dtype, compiled=self.compiles)
         model.to("cpu" if offload else self.device)
+        parameters = dict(model.named_parameters())
+
+        @contextmanager
+        def opened() -> Iterator[Part]:
+            yield lambda piece: parameters[piece.name].detach().view(-1)
+
+        if moves:
+            self.moving = MovingCopy(self._weights(), opened)
         return make_scorer(model, self.device if offload else None)
 
     def load(self, reader: SliceReader) -> None:

@@ -19,6 +19,7 @@ from data_utils.schema import PairBatch
 from dpo.ds_json import complete_ds_json
 from dpo.engine import Build, Scorer, StepResult, make_scorer, share_buffers
 from dpo.logps import HeadStatistic
+from dpo.moving import MovingCopy, Part
 from dpo.optimizers import fresh_moments, make_optimizer
 from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
 from dpo.slices import Slice, SliceReader
@@ -62,6 +63,7 @@ class DeepSpeedEngine:
         )
         self.policy: Policy = policy
         self.zero: Any = self.engine.optimizer
+        self.moving: MovingCopy | None = None
         for partition in self._partitions():
             self.zero.optimizer.state[partition] = fresh_moments(partition)
 
@@ -87,7 +89,7 @@ class DeepSpeedEngine:
         skipped = torch.tensor(float(not self.engine.was_step_applied()), device=self.world.device)
         return StepResult(norm, skipped)
 
-    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+    def frozen_scorer(self, source: Pretrained, offload: bool, moves: bool = False) -> Scorer:
         """See `Engine`. Stages 1 and 2 replicate the policy's weights, so the copy is replicated as well."""
         # Plain stage 3, whatever the policy has: a second model with hpZ makes DeepSpeed fail.
         zero = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if offload else {})
@@ -101,7 +103,42 @@ class DeepSpeedEngine:
             model, *_ = deepspeed.initialize(model=model, config=settings)
         else:
             model.to("cpu" if offload else self.world.device)
+        if moves:
+            opened = self._opened_partitions if self.stage == 3 else self._opened_replica
+            self.moving = MovingCopy(self._slices(), lambda: opened(model))
         return make_scorer(model, self.world.device if offload and self.stage != 3 else None)
+
+    @contextlib.contextmanager
+    def _opened_partitions(self, frozen: Any) -> Iterator[Part]:
+        """See `MovingCopy`: both models are partitioned alike."""
+        held = frozen.optimizer
+        held.partition_all_parameters()  # drop weights that are gathered: they are going to be older
+        parameters = dict(frozen.module.named_parameters())
+        yield lambda piece: parameters[piece.name].ds_tensor.narrow(0, 0, piece.tensors["weight"].numel())
+        if held.persistent_parameters:
+            held.persistent_parameters[0].all_gather(held.persistent_parameters)
+
+    @contextlib.contextmanager
+    def _opened_replica(self, frozen: Policy) -> Iterator[Part]:
+        """See `MovingCopy`: a rank writes the elements whose fp32 weights it has, and gets the others'."""
+        parameters = dict(frozen.named_parameters())
+        places: dict[str, slice] = {}
+
+        def part(piece: Slice) -> Tensor:
+            places[piece.name] = slice(piece.start, piece.start + piece.tensors["weight"].numel())
+            return parameters[piece.name].detach().view(-1)[places[piece.name]]
+
+        yield part
+        for name in self.trained:
+            flat, mine = parameters[name].detach().view(-1), places.get(name, slice(0, 0))
+            whole = torch.zeros(flat.shape, device=self.world.device)
+            whole[mine] = flat[mine].to(whole)
+            flat.copy_(self.world.sum_on_device(whole))
+
+    def move_reference(self, share: float) -> None:
+        """See `Engine`."""
+        assert self.moving is not None
+        self.moving.move(self._slices(), share)
 
     @property
     def is_writer(self) -> bool:
@@ -123,6 +160,8 @@ class DeepSpeedEngine:
         for partition in self._partitions():
             self._moments(partition)["step"].copy_(reader.step)
         self._refresh()
+        if self.moving is not None:
+            self.moving.refresh(self._slices())
 
     def _partitions(self) -> list[Tensor]:
         """The flat fp32 tensors that AdamW updates on this rank; each holds slices of many parameters, and padding."""
@@ -135,6 +174,9 @@ class DeepSpeedEngine:
 
     def slices(self) -> Iterator[Slice]:
         """See `Engine`: the slice of each trained parameter that this rank updates, where it has one."""
+        return self._slices() if self.moving is None else self.moving.beside(self._slices())
+
+    def _slices(self) -> Iterator[Slice]:
         for name, parameter in self.trained.items():
             place = self._place(parameter)
             if place is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dpo.engine import Build, Scorer, TorchEngine, make_scorer, share_buffers
+from dpo.moving import MovingCopy, Part
 from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
 from dpo.slices import SliceReader
 from dpo.world import World
@@ -89,13 +92,23 @@ class FSDP2Engine(TorchEngine):
         assert isinstance(tensor, DTensor)
         return tensor.to_local()
 
-    def frozen_scorer(self, source: Pretrained, offload: bool) -> Scorer:
+    def frozen_scorer(self, source: Pretrained, offload: bool, moves: bool = False) -> Scorer:
         """See `Engine`."""
         arguments = (source, self.policy.layout, self.dtype)
         full = frozen_policy(*arguments) if self.world.is_main else None
         model = frozen_policy(*arguments, empty=True, compiled=self.compiles)
         shard(model, self.mesh, self.dtype, self._offload(offload))
         fill(model, full, self.world.device, offload=offload)
+
+        @contextmanager
+        def opened() -> Iterator[Part]:
+            assert isinstance(model, FSDPModule)
+            model.reshard()  # the root keeps its gathered weights after a forward without backward
+            parameters = dict(model.named_parameters())
+            yield lambda piece: self._local(parameters[piece.name]).detach().view(-1)
+
+        if moves:
+            self.moving = MovingCopy(self._weights(), opened)
         return make_scorer(model)
 
     @property

@@ -7,7 +7,7 @@ sharing one copy of the weights):
                  model's buffers, quantization's statistics among them, which every rank holds
     gradients    of the trained weights, in fp32
     optimizer    AdamW's two moments of each trained weight
-    reference    the frozen copy, where there is one
+    reference    the frozen copy, where there is one; its weights in fp32 as well, where it moves
     activations  T * bytes kept per token; with checkpointing the input of each layer, and one layer's own; offloaded,
                  two layers' part of it
     head         the chunk of logits (128 MiB), hidden states of scored positions and their gradient
@@ -225,6 +225,14 @@ def _reference(setup: Setup, shapes: Shapes) -> float:
     if not has_copy(setup.config):
         return 0.0
     frozen = sum(w.numel * (setup.dtype_bytes if w.is_trained else w.itemsize) for w in shapes.weights)
+    if setup.config.reference.sync_steps is not None:
+        ranks = {"single": 1, "fsdp2": setup.shard_size, "deepspeed": setup.world_size}[setup.engine]
+        return _copy(setup, shapes, frozen) + 4.0 * sum(w.numel for w in shapes.weights if w.is_trained) / ranks
+    return _copy(setup, shapes, frozen)
+
+
+def _copy(setup: Setup, shapes: Shapes, frozen: float) -> float:
+    """What a model of so many bytes of frozen weights holds on a rank."""
     if setup.engine == "fsdp2":  # after a forward without backward the root stays gathered
         return frozen / setup.shard_size + _gathered(setup, shapes, root=True)[0]
     if setup.stage == 3:  # so do as many elements as DeepSpeed's default for stage3_max_live_parameters allows

@@ -59,7 +59,8 @@ def set_of(config: Config, shards: ShardSet) -> Callable[[int], str]:
 
 
 class Evaluator:
-    """Scores the held-out set; the reference's log-probs are computed at the first evaluation and kept.
+    """Scores the held-out set; the reference's log-probs are computed at the first evaluation and kept, so that all
+    evaluations are against the same reference, whether it moves or not.
 
     Args:
         batches: this rank's micro-batches, equally many on every rank.
@@ -79,6 +80,11 @@ class Evaluator:
         self._objective, self._engine, self._reference, self._world = objective, engine, reference, world
         self._set_of = set_of
         self._reference_logps: list[Tensor] = []
+
+    def ask_reference(self) -> None:
+        """Take the reference as it is now for all evaluations; every rank calls it."""
+        batches = on_device(self._batches, self._world.device)
+        self._reference_logps = [self._reference.logps(batch) for batch in batches]
 
     def run(self) -> Scores:
         """Every held-out pair of all ranks. One device-to-host copy and one exchange; every rank calls it."""

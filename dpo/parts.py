@@ -40,7 +40,7 @@ from dpo.metrics import host_peak_gib
 from dpo.objective import Objective
 from dpo.plan import make_plan
 from dpo.policy import Pretrained, Sizes
-from dpo.reference import NoReference, Reference
+from dpo.reference import MovingReference, NoReference, Reference
 from dpo.runlog import RunLog
 from dpo.shelf import Shelf
 from dpo.signals import StopRequest
@@ -104,11 +104,11 @@ class Parts:
         self.quantized = describe_quantized(self.engine.policy, self.source, self.dtype)
         if why := settle_layout(config, self.source, self.engine, self.dtype, world):
             self.layout, self.why_layout = self.engine.policy.layout, why
+        self.reference = self._reference(reference_source)
         self.faults = Faults.of(os.environ, world.rank)
         in_save = None if self.faults is None else self.faults.in_save
         self.writer = CheckpointWriter(self.shelf, self.engine, world, config.checkpoint.keep, in_save)
         self.sizes = Sizes.of(self.engine.policy)
-        self.reference = self._reference(reference_source)
         self.loader = self._loader(self.shards, self.order, config.data.num_workers)
         self.evaluator = None if self.held_out is None else self._evaluator(self.held_out)
 
@@ -140,6 +140,9 @@ class Parts:
         if not config.loss.needs_reference:
             return NoReference()
         scorer = open_scorer(config, source, self.engine)
+        if config.reference.sync_steps is not None:
+            share = config.reference.mixup_alpha
+            return MovingReference(scorer(), lambda: self.engine.move_reference(share), config.reference.sync_steps)
         if config.reference.mode != "stored":
             return Reference(scorer())
         opened = open_store(config, source, self.making, self.dtype, self.world, self.terminal.say)

@@ -3,7 +3,7 @@
 One method, `logps(batch)`, three sources: the policy with its adapter off (LoRA: same weights, no second copy), a
 frozen copy held like the policy, or a store of what one of these has computed before (`dpo.stored`). All start from
 `model.path` (or `reference.path`), never from a checkpoint, so that a resumed run still scores with the original
-weights.
+weights; a copy that moves (`reference.sync_steps`) goes on from where the checkpoint has it.
 
     python -m dpo.reference --config FILE [flags of train_dpo.py]
 
@@ -16,6 +16,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from data_utils.schema import PairBatch, Step
@@ -62,8 +64,28 @@ class Reference:
         """The step with all in it that `logps` needs; every rank calls it."""
         return step
 
+    def after_step(self, done: int) -> None:
+        """So many steps are done; every rank calls it."""
+
     def close(self) -> None:
         """Nothing more is asked."""
+
+
+class MovingReference(Reference):
+    """A frozen copy that is moved towards the policy every so many steps (`dpo.moving`).
+
+    Args:
+        move: moves it.
+    """
+
+    def __init__(self, scorer: Scorer, move: Callable[[], None], every: int) -> None:
+        super().__init__(scorer)
+        self._move, self._every = move, every
+
+    def after_step(self, done: int) -> None:
+        """See `Reference`."""
+        if done % self._every == 0:
+            self._move()
 
 
 class NoReference(Reference):

@@ -68,6 +68,8 @@ class Run:
             ConfigError: the data are not those of the checkpoint.
             CheckpointError: it cannot be used.
         """
+        if self.parts.evaluator is not None and self.config.reference.sync_steps is not None:
+            self.parts.evaluator.ask_reference()  # as it is before it moves, or is moved to where it was
         return self.saver.resume()
 
     def steps(self, first: int) -> Iterator[AgreedStep]:
@@ -145,6 +147,7 @@ class Run:
         self.watchdog.step = done
         self.beat.step(done)
         self.stop.count_step()
+        self.reference.after_step(done)
         self.journal.count_step(step, result)
         if done % self.config.log.every_steps == 0 or is_last:
             self.journal.write(done, result, self._rate)

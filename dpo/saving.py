@@ -76,6 +76,12 @@ class Saver:
                 f"{path}: holds {state.trained} training, not {trained}: keep lora.r and model.quantization, or start a"
                 " new run from the exported weights"
             )
+        moved = state.config["reference"].get("sync_steps") is not None  # of an older version without it: it did not
+        if moved != (self._parts.config.reference.sync_steps is not None):
+            raise CheckpointError(
+                f"{path}: its reference {'moves' if moved else 'does not move'}: keep reference.sync_steps as it was,"
+                " or start a new run from the exported weights"
+            )
         if state.dtype != self._dtype:
             raise CheckpointError(
                 f"{path}: trained in {state.dtype}, not {self._dtype}: set --model.dtype {state.dtype}"

@@ -251,6 +251,10 @@ class ReferenceSection:
     """Another model as the reference; none: the starting weights."""
     offload: bool = False
     """Keep the frozen copy's weights on the CPU between its forward passes."""
+    sync_steps: int | None = None
+    """TR-DPO: move the frozen copy towards the policy every so many steps; none: it stays the model before training."""
+    mixup_alpha: float = 0.6
+    """TR-DPO: the policy's share in a moved reference, in (0, 1]; 1: the policy as it is takes its place."""
     store: str | None = None
     """Folder of stored log-probs, for all runs of this user; none: $XDG_CACHE_HOME/dpo/reference, or
     ~/.cache/dpo/reference."""
@@ -261,6 +265,18 @@ class ReferenceSection:
         if self.mode == "adapter_off":
             names, remedy = ("path", "offload"), "--reference.mode frozen_copy"
             unchanged(self, "reference", names, "reference.mode=adapter_off", remedy)
+        if self.sync_steps is None:
+            because, remedy = "no reference.sync_steps", "--reference.sync_steps 512"
+            unchanged(self, "reference", ("mixup_alpha",), because, remedy)
+            return
+        at_least("reference.sync_steps", self.sync_steps, 1)
+        share = self.mixup_alpha
+        require(0 < share <= 1, f"reference.mixup_alpha must be in (0, 1], not {share}: set --reference.mixup_alpha")
+        if self.mode in ("adapter_off", "stored"):
+            raise ConfigError(
+                f"reference.sync_steps moves a copy of the model, which reference.mode={self.mode} does not keep: set"
+                " --reference.mode frozen_copy, or drop it"
+            )
 
 
 @dataclass(frozen=True)
@@ -552,11 +568,17 @@ class Config:
 
     def _check_reference(self) -> None:
         if not self.loss.needs_reference:
-            names, chosen = ("mode", "path", "offload", "store"), f"loss.type={' '.join(self.loss.type)}"
+            names = ("mode", "path", "offload", "store", "sync_steps")
+            chosen = f"loss.type={' '.join(self.loss.type)}"
             unchanged(self.reference, "reference", names, f"{chosen}, which needs no reference", "--loss.type sigmoid")
         if self.loss.ld_alpha is not None and self.reference.mode == "stored":
             raise ConfigError(
                 "reference.mode=stored keeps sums over whole responses, not loss.ld_alpha's: set --reference.mode auto"
+            )
+        if self.reference.sync_steps is not None and self.lora.r > 0:
+            raise ConfigError(
+                f"reference.sync_steps moves whole weights, but lora.r={self.lora.r} trains an adapter beside them: set"
+                " --lora.r 0, or drop it"
             )
         if self.reference.mode == "adapter_off":
             remedy = "set --lora.r 16, or --reference.mode frozen_copy"

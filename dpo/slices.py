@@ -1,7 +1,8 @@
 """Flattened tensors that many ranks write in slices and any other number of ranks reads: safetensors, no pickles.
 
     training-RRRRR-PPP.safetensors     rank R's part P (of about 1 GiB)
-        KEY.NAME                       (n,) the elements [start, start + n) of tensor KEY of parameter NAME, flattened
+        KEY.NAME                       (n,) the elements [start, start + n) of tensor KEY of parameter NAME, flattened:
+                                       weight, exp_avg, exp_avg_sq; reference, where it moves
         step                           () optimizer steps taken
         __metadata__                   {NAME: {"shape": [...], "start": ...}}, the whole parameter's shape
 

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SEED, BETA, STEPS, PAIRS_PER_STEP, PAIRS_PER_DEVICE = 42, 0.3, 10, 4, 2
 WEIGHT_DECAY, WARMUP = 0.1, 0.2
-LEARNING_RATES = {"full": 1e-3, "lora": 2e-2}
-MAX_GRAD_NORM = {"full": 7.5, "lora": 2.5}
+LEARNING_RATES = {"full": 1e-3, "lora": 2e-2, "moving": 1e-3}
+MAX_GRAD_NORM = {"full": 7.5, "lora": 2.5, "moving": 7.5}
+SYNC_STEPS, MIXUP_ALPHA = 3, 0.4  # of TR-DPO, kind "moving"
 LORA = LoraSection(r=4)
 SAME_KEYS = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"]
 TIED_STEPS = 2
@@ -69,6 +70,8 @@ class Lab:
             "log.tensorboard": "false",
             "run.dir": run,
         }
+        if kind == "moving":
+            flags |= {"reference.sync_steps": SYNC_STEPS, "reference.mixup_alpha": MIXUP_ALPHA}
         command = [sys.executable, "train_dpo.py"]
         for key, value in flags.items():
             command += [f"--{key}", str(value)]
@@ -96,7 +99,7 @@ class Theirs:
     steps: list[dict[str, float]]
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["full", "lora", "moving"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -166,6 +169,9 @@ def trl_settings(lab: Lab, kind: str) -> Any:
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
+        sync_ref_model=kind == "moving",
+        ref_model_sync_steps=SYNC_STEPS,
+        ref_model_mixup_alpha=MIXUP_ALPHA,
         seed=SEED,
     )
 

@@ -224,6 +224,22 @@ def test_yaml_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("--reference.mode adapter_off", "reference.mode=adapter_off needs an adapter, but lora.r=0"),
         ("--lora.r 8 --reference.mode adapter_off --reference.path x", "reference.path does nothing with reference"),
         ("--lora.r 8 --reference.offload true", "reference.offload does nothing when the adapter is switched off"),
+        ("--reference.mixup_alpha 0.5", "reference.mixup_alpha does nothing with no reference.sync_steps: set --ref"),
+        ("--reference.sync_steps 0", "reference.sync_steps must be at least 1, not 0"),
+        ("--reference.sync_steps 2 --reference.mixup_alpha 0", "reference.mixup_alpha must be in (0, 1], not 0.0"),
+        (
+            "--reference.sync_steps 2 --reference.mode stored",
+            "moves a copy of the model, which reference.mode=stored does not keep: set --reference.mode frozen_copy",
+        ),
+        (
+            "--reference.sync_steps 2 --lora.r 8 --reference.mode adapter_off",
+            "moves a copy of the model, which reference.mode=adapter_off does not keep",
+        ),
+        (
+            "--reference.sync_steps 2 --lora.r 8 --reference.mode frozen_copy",
+            "reference.sync_steps moves whole weights, but lora.r=8 trains an adapter beside them: set --lora.r 0",
+        ),
+        ("--reference.sync_steps 2 --loss.type simpo", "reference.sync_steps does nothing with loss.type=simpo"),
         ("--reference.store s", "reference.store does nothing with reference.mode=auto: set --reference.mode stored"),
         (
             "--lora.r 8 --reference.mode stored --reference.offload true",

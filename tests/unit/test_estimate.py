@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dpo.shapes import count_shapes, saved_bytes_per_token
 from tests.tiny import tiny_model
 
 GIB = 2**30
+MOVING = ("--reference.sync_steps", "2")
 
 
 def config_of(model: Path, *flags: str) -> Config:
@@ -64,6 +66,9 @@ def test_stages_divide_what_they_say(eight: Path, counted: dict[str, Shapes]) ->
         assert parts["gradients"] == pytest.approx(4 * n * gradients)
         assert parts["optimizer"] == pytest.approx(8 * n / 8)
         assert list(parts) == list(PARTS)
+        moving = config_of(eight, *("--parallel.engine", "deepspeed", "--parallel.ds_config", "x"), *MOVING)
+        moved, _ = memory(replace(setup, config=moving), counted["full"])
+        assert moved["reference"] - parts["reference"] == pytest.approx(4 * n / 8)
 
 
 def test_saved_activations_are_those_of_a_real_forward(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from data_utils.schema import PairBatch
 from dpo.engine import Engine
 from dpo.loss import PairLogps
-from dpo.objective import Objective, Slopes, stacked
+from dpo.objective import Objective, Slopes, gumbel_noise, stacked
 from dpo.policy import evaluating
 from dpo.prefetch import on_device
 from dpo.reference import Reference
@@ -41,6 +41,8 @@ def look_ahead(
             batches.append(replace(batch, reference_logps_S=reference_logps_S))
             scored.append(pairs)
     columns = stacked(scored) | {"weight_B": torch.cat([batch.weight_B for batch in batches]).double()}
+    indices = [index for batch in batches for index in batch.index_B]
+    columns["index_B"] = torch.tensor(indices, dtype=torch.float64, device=world.device)
     num_pairs = sum(batch.num_pairs for batch in batches if not batch.is_idle)  # idle ones come last
     slopes = _across(columns, num_pairs, step, objective, world)
     offset = 0
@@ -58,8 +60,9 @@ def _across(
     whole_FB = mine_FB.new_zeros(len(mine_FB), step.num_pairs)
     whole_FB[:, step.first_pair : step.first_pair + num_pairs] = mine_FB[:, :num_pairs]
     whole = dict(zip(columns, world.sum_on_device(whole_FB), strict=True))
-    weight_B = whole.pop("weight_B")
-    slopes = objective.look_across(PairLogps(**whole), weight_B)
+    weight_B, index_B = whole.pop("weight_B"), whole.pop("index_B")
+    noise_B = gumbel_noise(index_B, objective.seed, step.number)
+    slopes = objective.look_across(PairLogps(**whole), weight_B, noise_B)
     place = slice(step.first_pair, step.first_pair + num_pairs)
     idle_B = mine_FB.new_zeros(mine_FB.shape[1] - num_pairs)
     parts = (slopes.loss_B, slopes.chosen_B, slopes.rejected_B)

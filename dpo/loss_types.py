@@ -42,7 +42,7 @@ RESPONSES = LABEL | {"beta", "ld_alpha", "wpo"}
 """Read by losses that look at each response's log-ratio by itself."""
 NO_REFERENCE = RESPONSES | MARGIN | {"logit_clip"}
 """Read by losses of the pair's logit that are without a reference."""
-PAIR = NO_REFERENCE | {"f_divergence", "f_alpha_divergence_coef", "beta_gain", "beta_momentum"}
+PAIR = NO_REFERENCE | {"f_divergence", "f_alpha_divergence_coef", "beta_gain", "beta_filter", "beta_momentum"}
 """Read by losses of the pair's logit."""
 SORTED = frozenset({"beta", "label_smoothing", "ld_alpha"})
 """Read by losses that sort log-ratios, where a pair's own label and weight have no place."""

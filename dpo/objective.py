@@ -20,6 +20,8 @@ from dpo.loss_types import LOSS_TYPES, LossName
 
 LEAST_FACTOR = 1e-3
 """beta-DPO leaves at least this of beta."""
+LEAST_SPREAD = 1e-6
+"""Of reward margins, in nats; rounding is of this size before the first step, where all margins are 0."""
 
 
 def _zero() -> Tensor:
@@ -43,7 +45,8 @@ class RunningMeans:
     Attributes:
         shift: mean of all rewards of chosen and rejected responses so far, each response alike: BCO's delta.
         num_rewards: how many.
-        margin: exponential mean over steps of their mean reward margin: beta-DPO's M_0 (arXiv 2407.08639, Eq. 8).
+        margin, spread: exponential means over steps of the mean and the standard deviation of their reward margins:
+            beta-DPO's M_0 and sigma (arXiv 2407.08639).
         last_margin: the last step's mean reward margin.
     """
 
@@ -51,6 +54,7 @@ class RunningMeans:
     num_rewards: Tensor = field(default_factory=_zero)
     margin: Tensor = field(default_factory=_zero)
     last_margin: Tensor = field(default_factory=_zero)
+    spread: Tensor = field(default_factory=_zero)
 
     def after(self, reward_C: Tensor, margin_B: Tensor, momentum: float) -> RunningMeans:
         """The means after a step with these rewards and margins, unless it has none or they are not finite."""
@@ -58,7 +62,10 @@ class RunningMeans:
         num_rewards = old.num_rewards + len(reward_C)
         shift = old.shift + (reward_C.double().sum() - len(reward_C) * old.shift) / num_rewards.clamp(min=1)
         last_margin = margin_B.double().mean()
-        new = RunningMeans(shift, num_rewards, momentum * old.margin + (1 - momentum) * last_margin, last_margin)
+        margin = momentum * old.margin + (1 - momentum) * last_margin
+        deviation = (margin_B.double() - last_margin).square().mean().sqrt()
+        spread = momentum * old.spread + (1 - momentum) * deviation
+        new = RunningMeans(shift, num_rewards, margin, last_margin, spread)
         is_sound = shift.isfinite() & last_margin.isfinite()
         stay = replace(old, last_margin=old.margin)
         names = [spec.name for spec in fields(RunningMeans)]
@@ -88,9 +95,11 @@ class Objective:
         looks_across: whether a pair's loss depends on the other pairs of its step.
         tail_weight: what tokens beyond the shorter response count.
         running: means over the steps so far, part of a checkpoint.
+        seed: of what is drawn.
     """
 
-    def __init__(self, loss: LossSection) -> None:
+    def __init__(self, loss: LossSection, seed: int = 0) -> None:
+        self.seed = seed
         self._weights: dict[LossName, float] = dict(zip(loss.type, loss.all_weights, strict=True))
         given = {spec.name: getattr(loss, spec.name) for spec in fields(LossOptions)}
         self._options = {  # of each loss, those that it reads
@@ -98,7 +107,7 @@ class Objective:
             for name, needs in LOSS_TYPES.items()
         }
         self._beta, self._wpo = loss.beta, loss.wpo
-        self._beta_gain, self._beta_momentum = loss.beta_gain, loss.beta_momentum
+        self._beta_gain, self._beta_filter, self._beta_momentum = loss.beta_gain, loss.beta_filter, loss.beta_momentum
         self._router_coef = loss.router_aux_loss_coef
         self.needs_reference, self.looks_across = loss.needs_reference, loss.looks_across
         self.tail_weight = 1.0 if loss.ld_alpha is None else loss.ld_alpha
@@ -169,19 +178,25 @@ class Objective:
 
     # ---- across the pairs of a step
 
-    def look_across(self, pairs: PairLogps, weight_B: Tensor) -> Slopes:
+    def look_across(self, pairs: PairLogps, weight_B: Tensor, noise_B: Tensor) -> Slopes:
         """The loss of a whole step and its slopes; moves the running means.
 
         Args:
             pairs: all pairs of the step, in any order. Those of weight 0 count for nothing.
             weight_B: their weights.
+            noise_B: what draws among them (`gumbel_noise`).
         """
         counts_B = weight_B > 0
         counting, weight_C = _some(pairs, counts_B), weight_B[counts_B]
-        before, self.running = self.running, self._moved(counting)
+        before, margin_C = self.running, self._reward_margins(counting)
+        self.running = self._moved(counting, margin_C)
+        share_C = self._drawn(margin_C, noise_B[counts_B])
+        last_margin = self.running.last_margin
+        if self._beta_filter:
+            last_margin = (share_C * margin_C).mean()
         chosen_C = counting.policy_chosen_logps_B.detach().requires_grad_()
         rejected_C = counting.policy_rejected_logps_B.detach().requires_grad_()
-        factor = (1 + self._beta_gain * (self.running.last_margin - before.margin)).clamp(min=LEAST_FACTOR)
+        factor = (1 + self._beta_gain * (last_margin - before.margin)).clamp(min=LEAST_FACTOR)
         counting = replace(
             counting,
             policy_chosen_logps_B=chosen_C,
@@ -190,17 +205,37 @@ class Objective:
             shift_B=self.running.shift.expand_as(weight_C),
         )
         with torch.enable_grad():
-            loss_C = self.loss(counting)
+            loss_C = share_C * self.loss(counting)
             slopes = torch.autograd.grad((weight_C * loss_C).sum(), (chosen_C, rejected_C))
         parts = [loss_C, *(slope_C / weight_C for slope_C in slopes)]
         return Slopes(*(torch.zeros_like(weight_B).masked_scatter(counts_B, part.detach()) for part in parts))
 
-    def _moved(self, pairs: PairLogps) -> RunningMeans:
+    def _reward_margins(self, pairs: PairLogps) -> Tensor:
+        """(B,) without grad."""
+        plain = self._terms(pairs, "sigmoid")
+        return (pairs.beta_B * (plain.chosen_ratio_B - plain.rejected_ratio_B)).detach()
+
+    def _moved(self, pairs: PairLogps, margin_B: Tensor) -> RunningMeans:
         """The running means after a step with these pairs."""
-        shifted, plain = self._terms(pairs, "bco_pair"), self._terms(pairs, "sigmoid")
+        shifted = self._terms(pairs, "bco_pair")
         rewards = pairs.beta_B * torch.stack([shifted.chosen_ratio_B, shifted.rejected_ratio_B])
-        margin_B = pairs.beta_B * (plain.chosen_ratio_B - plain.rejected_ratio_B)
-        return self.running.after(rewards.detach().flatten(), margin_B.detach(), self._beta_momentum)
+        return self.running.after(rewards.detach().flatten(), margin_B, self._beta_momentum)
+
+    def _drawn(self, margin_C: Tensor, noise_C: Tensor) -> Tensor:
+        """(C,) what each pair counts in the mean over a step: 0 where it is left out, else all that are kept alike.
+
+        beta-DPO keeps pairs drawn without replacement, each as likely as a Gaussian of its reward margin around the
+        running mean says (arXiv 2407.08639). The largest of log-probability + Gumbel noise are such a draw (arXiv
+        1903.06059).
+        """
+        num_pairs = len(margin_C)
+        num_left_out = min(round(self._beta_filter * num_pairs), num_pairs - 1)
+        if num_left_out <= 0:
+            return torch.ones_like(margin_C)
+        distance_C = (margin_C - self.running.margin) / self.running.spread.clamp(min=LEAST_SPREAD)
+        kept_C = (noise_C - distance_C.square() / 2).argsort()[num_left_out:]
+        share = num_pairs / (num_pairs - num_left_out)
+        return torch.zeros_like(margin_C).index_fill(0, kept_C, share)
 
     # ---- columns
 
@@ -212,6 +247,19 @@ class Objective:
         """Columns that rows of this batch carry and these losses do not read."""
         given = {"margin": batch.margin_B, "label": batch.label_B}
         return [name for name, value_B in given.items() if name not in self.columns and not torch.isnan(value_B).all()]
+
+
+def gumbel_noise(index_B: Tensor, seed: int, step: int) -> Tensor:
+    """(B,) Gumbel noise for the pairs of a step, float64; the same for a pair in whatever order they come.
+
+    Args:
+        index_B: the pairs' global row numbers.
+    """
+    generator = torch.Generator().manual_seed((seed << 31) + step)
+    uniform_B = torch.rand(len(index_B), dtype=torch.float64, generator=generator).to(index_B.device)
+    noise_B = torch.empty_like(uniform_B)
+    noise_B[index_B.argsort(stable=True)] = -torch.log(-torch.log(uniform_B))
+    return noise_B
 
 
 def _some(pairs: PairLogps, mask_B: Tensor) -> PairLogps:

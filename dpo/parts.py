@@ -95,7 +95,7 @@ class Parts:
         if world.is_main and (warning := will_it_fit(config, world)):
             self.notes.append(warning)
         self._open_run_directory()
-        self.objective = Objective(config.loss)
+        self.objective = Objective(config.loss, config.train.seed)
         build = Build(config, self.plan, world, self.source, self.layout, self.dtype, ds_json)
         since = time.perf_counter()
         self.engine: Engine = build_engine(build)

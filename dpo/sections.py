@@ -143,8 +143,11 @@ class LossSection:
     """Weigh pairs by how much they look like the policy's own responses (WPO)."""
     beta_gain: float = 0.0
     """beta-DPO: in each step beta is multiplied by 1 + this * (the step's mean reward margin - its running mean)."""
+    beta_filter: float = 0.0
+    """beta-DPO: share of each step's pairs that are left out, in [0, 1): rather those whose reward margin is far from
+    its running mean."""
     beta_momentum: float = 0.9
-    """beta-DPO: share of the old value in that running mean."""
+    """beta-DPO: share of the old value in these running means."""
     discopop_tau: float = 0.05
     """Temperature of discopop's mixture."""
     router_aux_loss_coef: float = 0.0
@@ -175,28 +178,32 @@ class LossSection:
         for key in ("dpop_lambda", "beta_gain"):
             at_least(f"loss.{key}", getattr(self, key), 0)
         in_range("loss.beta_momentum", self.beta_momentum, 0, 1)
+        in_range("loss.beta_filter", self.beta_filter, 0, 1)
         if self.logit_clip is not None:
             positive("loss.logit_clip", self.logit_clip)
         if self.f_divergence != "alpha_divergence":
             because, remedy = f"loss.f_divergence={self.f_divergence}", "--loss.f_divergence alpha_divergence"
             unchanged(self, "loss", ("f_alpha_divergence_coef",), because, remedy)
         require(self.f_alpha_divergence_coef != 1, "loss.f_alpha_divergence_coef=1: set --loss.f_divergence reverse_kl")
-        if self.beta_gain == 0:
-            unchanged(self, "loss", ("beta_momentum",), "loss.beta_gain=0", "--loss.beta_gain 0.6")
+        if self.beta_gain == self.beta_filter == 0:
+            because = "loss.beta_gain=0 and loss.beta_filter=0"
+            unchanged(self, "loss", ("beta_momentum",), because, "--loss.beta_gain 0.6")
         if self.ld_alpha is not None:
             require(
                 0 <= self.ld_alpha <= 1, f"loss.ld_alpha must be in [0, 1], not {self.ld_alpha}: set --loss.ld_alpha"
             )
             whole = [name for name in self.type if name.startswith("sft")] + ["loss.wpo=true"] * self.wpo
             require(not whole, f"loss.ld_alpha weighs tokens, but {' '.join(whole)} takes all alike: drop one of them")
-        if self.wpo:
-            sorted_types = [name for name in self.type if "wpo" not in LOSS_TYPES[name].reads]
-            require(not sorted_types, f"loss.wpo weighs pairs, which {' '.join(sorted_types)} sorts: drop one of them")
+        sorted_types = " ".join(name for name in self.type if "wpo" not in LOSS_TYPES[name].reads)
+        if sorted_types:
+            require(not self.wpo, f"loss.wpo weighs pairs, which {sorted_types} sorts: drop one of them")
+            leaves_out = f"loss.beta_filter leaves pairs out, which {sorted_types} sorts"
+            require(self.beta_filter == 0, f"{leaves_out}: drop one of them")
 
     @property
     def looks_across(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of its step."""
-        return self.beta_gain > 0 or any(LOSS_TYPES[name].whole_step for name in self.type)
+        return self.beta_gain > 0 or self.beta_filter > 0 or any(LOSS_TYPES[name].whole_step for name in self.type)
 
     @property
     def all_weights(self) -> tuple[float, ...]:

@@ -17,11 +17,11 @@ LOSSES = {
     "aot": ["--loss.type", "aot", "--loss.label_smoothing", "0.1"],
     "aot_unpaired": ["--loss.type", "aot_unpaired"],
     "beta_dpo": ["--loss.beta_gain", "0.6"],
+    "beta_filter": ["--loss.beta_gain", "0.6", "--loss.beta_filter", "0.25"],
     "ld": ["--loss.ld_alpha", "0.3", "--loss.f_divergence", "js_divergence"],
     "wpo": ["--loss.type", "hinge", "--loss.wpo", "true", "--loss.length_penalty", "0.01"],
     "simpo": ["--loss.type", "simpo", "--loss.beta", "2", "--loss.gamma", "1"],
 }
-ACROSS = ("mixed", "aot", "aot_unpaired", "beta_dpo")
 ONE_RANK = {"split": [*SHARED, *SPLIT], "padded": [*PADDED, *SPLIT]}
 TWO_RANKS = {"fsdp2": [*FSDP2, *SPLIT], "zero3": [*PACKED, *deepspeed(3)]}
 RESUMED = {"fsdp2": FSDP2, "zero3": deepspeed(3)}

@@ -21,7 +21,7 @@ from dpo.config import LossSection
 from dpo.logps import sum_by_sequence, tail_weights
 from dpo.loss import LOSSES, PairLogps
 from dpo.loss_types import LOSS_TYPES, LossName
-from dpo.objective import Objective, RunningMeans, Slopes
+from dpo.objective import Objective, RunningMeans, Slopes, gumbel_noise
 from tests.numerics.oracle import log_sigmoid
 from tests.numerics.tiny_models import random_pairs
 
@@ -347,7 +347,7 @@ def test_the_slopes_of_a_step_do_not_depend_on_its_micro_batches(name: str, size
     for step in range(2):
         policy_S, reference_S = some_logps(batch, seed=step)
         whole = pairs_of(objective, batch, policy_S, reference_S)
-        slopes = objective.look_across(whole, weight_B)
+        slopes = objective.look_across(whole, weight_B, torch.zeros(12))
         total, offset = torch.zeros((), dtype=torch.float64), 0
         for size in sizes:
             rows = torch.arange(offset, offset + size)
@@ -383,17 +383,69 @@ def whole_loss(
     return (weight_B[counts_B] * objective.loss(replace(some, shift_B=shift_B, beta_B=some.beta_B * factor))).sum()
 
 
+def test_beta_dpo_leaves_out_pairs_far_from_the_running_mean() -> None:
+    """Two steps: which are kept by hand, their mean loss, and beta from their margins; weight 0 does not take part."""
+    loss = LossSection(beta_filter=0.3, beta_gain=0.6)
+    objective, batch, weight_B = Objective(loss), some_batch(), torch.ones(12, dtype=torch.float64)
+    weight_B[5] = 0
+    mean = spread = 0.0
+    for step in range(2):
+        policy_S, reference_S = some_logps(batch, seed=step)
+        whole, noise_B = pairs_of(objective, batch, policy_S, reference_S), gumbel_noise(torch.arange(12), 7, step)
+        slopes = objective.look_across(whole, weight_B, noise_B)
+        d = (policy_S - reference_S).tolist()
+        margins = {b: BETA * (d[b] - d[12 + b]) for b in range(12) if b != 5}
+        average = sum(margins.values()) / 11
+        before, mean = mean, 0.9 * mean + 0.1 * average
+        spread = 0.9 * spread + 0.1 * math.sqrt(sum((m - average) ** 2 for m in margins.values()) / 11)
+        scores = {b: noise_B[b].item() - ((m - mean) / spread) ** 2 / 2 for b, m in margins.items()}
+        kept = sorted(scores, key=scores.__getitem__, reverse=True)[:8]
+        factor = 1 + 0.6 * (sum(margins[b] for b in kept) / 8 - before)
+        expected = [logistic(factor * margins[b]) * 11 / 8 if b in kept else 0.0 for b in range(12)]
+        assert slopes.loss_B.tolist() == pytest.approx(expected, rel=1e-9)
+        left_out = torch.tensor([b not in kept for b in range(12)])
+        assert not slopes.chosen_B[left_out].any() and slopes.chosen_B[~left_out].all()
+
+
+def test_of_two_pairs_the_one_nearer_to_the_mean_is_kept_as_often_as_the_gaussian_says() -> None:
+    objective, batch, ones_B = Objective(LossSection(beta_filter=0.5)), some_batch(2), torch.ones(2).double()
+    policy_S, reference_S = some_logps(batch)
+    whole = pairs_of(objective, batch, policy_S, reference_S)
+    near, far = 0.4, 1.5  # distances from the mean in standard deviations, after the step
+    margins = (whole.beta_B * ((policy_S - reference_S)[:2] - (policy_S - reference_S)[2:])).detach()
+    moved = (margins[0] - margins[1]) / (near + far) * torch.tensor([1.0, 0.0]).double()
+    mean, spread = margins[1] + far * moved[0], moved[0].abs()
+    start = RunningMeans(
+        margin=(mean - 0.1 * margins.mean()) / 0.9, spread=(spread - 0.1 * margins.std(correction=0)) / 0.9
+    )
+    kept = 0
+    for step in range(4000):
+        objective.running = start
+        kept += objective.look_across(whole, ones_B, gumbel_noise(torch.arange(2), 0, step)).loss_B[0].item() > 0
+    likelier, other = math.exp(-(near**2) / 2), math.exp(-(far**2) / 2)
+    assert kept / 4000 == pytest.approx(likelier / (likelier + other), abs=0.03), "four standard deviations"
+
+
+def test_the_draw_of_a_pair_does_not_depend_on_the_order_of_the_step() -> None:
+    index_B, order = torch.tensor([40, 3, 17, 9]), torch.tensor([2, 0, 3, 1])
+    noise_B = gumbel_noise(index_B, 1, 5)
+    assert gumbel_noise(index_B[order], 1, 5).equal(noise_B[order])
+    assert not any(gumbel_noise(index_B, *other).equal(noise_B) for other in ((1, 6), (2, 5)))
+    many = gumbel_noise(torch.arange(100_000), 2**32 - 1, 0)
+    assert many.mean().item() == pytest.approx(0.5772, abs=0.02) and many.var().item() == pytest.approx(1.645, abs=0.05)
+
+
 def test_running_means_survive_a_checkpoint_and_a_step_that_is_not_finite() -> None:
     objective, batch = Objective(ACROSS["bco_pair"]), some_batch()
     whole = pairs_of(objective, batch, *some_logps(batch))
-    objective.look_across(whole, batch.weight_B.double())
+    objective.look_across(whole, batch.weight_B.double(), torch.zeros(12))
     state = objective.running.state()
     assert state["num_rewards"] == 24 and state["shift"] != 0
     assert RunningMeans.of(json.loads(json.dumps(state))).state() == state
     broken = replace(whole, policy_chosen_logps_B=torch.full_like(whole.beta_B, math.nan))
-    objective.look_across(broken, batch.weight_B.double())
+    objective.look_across(broken, batch.weight_B.double(), torch.zeros(12))
     assert objective.running.state() | {"last_margin": 0} == state | {"last_margin": 0}
-    objective.look_across(whole, torch.zeros(12, dtype=torch.float64))
+    objective.look_across(whole, torch.zeros(12, dtype=torch.float64), torch.zeros(12))
     assert objective.running.state() | {"last_margin": 0} == state | {"last_margin": 0}
 
 

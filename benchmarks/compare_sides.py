@@ -17,7 +17,7 @@ from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo.config import LoraSection, parse_config
 from dpo.engine import StepResult
-from dpo.loss import PairLogps
+from dpo.loss_terms import PairLogps
 from dpo.run import Run
 from dpo.runlog import RunLog
 from dpo.signals import StopRequest

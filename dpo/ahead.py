@@ -13,7 +13,7 @@ import torch
 
 from data_utils.schema import PairBatch
 from dpo.engine import Engine
-from dpo.loss import PairLogps
+from dpo.loss_terms import PairLogps
 from dpo.objective import Objective, Slopes, gumbel_noise, stacked
 from dpo.policy import evaluating
 from dpo.prefetch import on_device

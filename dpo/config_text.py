@@ -38,6 +38,8 @@ _OTHER_WORDS = {
     "logging_steps": "log.every_steps",
     "save_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "checkpoint.resume",
+    "ref_model_sync_steps": "reference.sync_steps",
+    "ref_model_mixup_alpha": "reference.mixup_alpha",
     "rank": "lora.r",
     "deepspeed": "parallel.ds_config",
 }

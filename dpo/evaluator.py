@@ -14,7 +14,7 @@ from data_utils.shards import ShardSet
 from data_utils.skipped import Skipped
 from dpo.config import Config, DataSource
 from dpo.engine import Engine
-from dpo.loss import PairLogps
+from dpo.loss_terms import PairLogps
 from dpo.objective import Objective
 from dpo.policy import evaluating
 from dpo.prefetch import on_device

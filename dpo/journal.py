@@ -14,7 +14,7 @@ from data_utils.skipped import Skipped
 from dpo.checkpoint import TrainerState
 from dpo.clock import Clock
 from dpo.engine import StepResult
-from dpo.loss import PairLogps
+from dpo.loss_terms import PairLogps
 from dpo.metrics import Tally, Throughput, means, memory_use, peak_flops
 from dpo.numbers import BadSteps, SpikeRule
 from dpo.parts import Parts

@@ -208,7 +208,7 @@ def token_logps(
         weight_VH, bias_V: the head, (V, H) and (V,) or None.
         labels_N: (N,) int64 token ids.
         transform: the model's logit scale and soft cap (default: none).
-        statistic: "log_sum_p2" for log sum_v p_v^2 of each position (WPO, arXiv 2406.11827, Sec. 3), without gradient.
+        statistic: "log_sum_p2" for log sum_v p_v^2 of each position (WPO, arXiv 2406.11827), without gradient.
 
     Returns:
         (N,) token_logps in fp32 (fp64 for an fp64 head), and (N,) statistic or None.
@@ -226,7 +226,7 @@ def sum_by_sequence(values_N: Tensor, sequence_of_N: Tensor, num_sequences: int)
 
 def tail_weights(lengths_S: Tensor, sequence_of_N: Tensor, tail_weight: float) -> Tensor:
     """(N,) weights of scored tokens: 1 up to the length that both responses of a pair have, then `tail_weight` (LD-DPO,
-    arXiv 2409.06411, Eq. 10).
+    arXiv 2409.06411).
 
     Args:
         lengths_S: scored tokens of each sequence, chosen first, then rejected.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data_utils.schema import PairBatch
 from dpo.estimate import train_flops
-from dpo.loss import PairLogps, pair_metrics
+from dpo.loss import pair_metrics
+from dpo.loss_terms import PairLogps
 from dpo.policy import Sizes
 from dpo.scores import PAIR_KEYS
 from dpo.world import World

@@ -15,7 +15,8 @@ from torch import Tensor
 from data_utils.schema import PairBatch
 from dpo.config import LossSection
 from dpo.logps import HeadStatistic
-from dpo.loss import LOSSES, LossOptions, PairLogps, Terms, terms, wpo_weights
+from dpo.loss import LOSSES, wpo_weights
+from dpo.loss_terms import LossOptions, PairLogps, Terms, terms
 from dpo.loss_types import LOSS_TYPES, LossName
 
 LEAST_FACTOR = 1e-3

@@ -19,7 +19,7 @@ from dpo.engine import StepResult
 from dpo.final import export, loading_code
 from dpo.gates import require_step0, step0_gap
 from dpo.journal import Journal
-from dpo.loss import PairLogps
+from dpo.loss_terms import PairLogps
 from dpo.objective import Slopes
 from dpo.parts import Parts
 from dpo.plan import learning_rate

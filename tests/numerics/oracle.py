@@ -60,7 +60,7 @@ def log_sigmoid(z: float) -> float:
 def pair_loss(
     policy: tuple[float, float], reference: tuple[float, float], beta: float, label_smoothing: float = 0.0
 ) -> float:
-    """Eq. 7 for one pair; with label smoothing, conservative DPO (ericmitchell.ai/cdpo.pdf, Eq. 3).
+    """Eq. 7 for one pair; with label smoothing, conservative DPO (ericmitchell.ai/cdpo.pdf).
 
     Args:
         policy, reference: (chosen, rejected) log-probs.

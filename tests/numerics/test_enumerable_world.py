@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dpo.config import LossSection
-from dpo.loss import PairLogps, dpo_loss
+from dpo.loss import dpo_loss
+from dpo.loss_terms import PairLogps
 from dpo.objective import Objective
 
 PROMPTS = 3

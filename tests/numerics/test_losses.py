@@ -19,7 +19,8 @@ from data_utils.batching import collate
 from data_utils.schema import Layout, PairBatch
 from dpo.config import LossSection
 from dpo.logps import sum_by_sequence, tail_weights
-from dpo.loss import LOSSES, PairLogps
+from dpo.loss import LOSSES
+from dpo.loss_terms import PairLogps
 from dpo.loss_types import LOSS_TYPES, LossName
 from dpo.objective import Objective, RunningMeans, Slopes, gumbel_noise
 from tests.numerics.oracle import log_sigmoid

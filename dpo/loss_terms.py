@@ -44,18 +44,18 @@ class PairLogps:
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """The numbers of the config's `loss` section that losses read, under the same names."""
+    """What losses read of the config's `loss` section, under the same names; its defaults are neutral."""
 
-    label_smoothing: float = 0.0
-    soft_labels: bool = False
-    gamma: float = 0.0
-    margin_scale: float = 0.0
-    length_penalty: float = 0.0
-    dpop_lambda: float = 0.0
-    logit_clip: float | None = None
-    f_divergence: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
+    label_smoothing: float
+    soft_labels: bool
+    gamma: float
+    margin_scale: float
+    length_penalty: float
+    dpop_lambda: float
+    logit_clip: float | None
+    f_divergence: str
+    f_alpha_divergence_coef: float
+    discopop_tau: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,11 +102,7 @@ class Objective:
     def __init__(self, loss: LossSection, seed: int = 0) -> None:
         self.seed = seed
         self._weights: dict[LossName, float] = dict(zip(loss.type, loss.all_weights, strict=True))
-        given = {spec.name: getattr(loss, spec.name) for spec in fields(LossOptions)}
-        self._options = {  # of each loss, those that it reads
-            name: LossOptions(**{key: value for key, value in given.items() if key in needs.reads})
-            for name, needs in LOSS_TYPES.items()
-        }
+        self._options = {name: _options(loss, needs.reads) for name, needs in LOSS_TYPES.items()}
         self._beta, self._wpo = loss.beta, loss.wpo
         self._beta_gain, self._beta_filter, self._beta_momentum = loss.beta_gain, loss.beta_filter, loss.beta_momentum
         self._router_coef = loss.router_aux_loss_coef
@@ -248,6 +244,13 @@ class Objective:
         """Columns that rows of this batch carry and these losses do not read."""
         given = {"margin": batch.margin_B, "label": batch.label_B}
         return [name for name, value_B in given.items() if name not in self.columns and not torch.isnan(value_B).all()]
+
+
+def _options(loss: LossSection, reads: frozenset[str]) -> LossOptions:
+    """Those that a loss reads; of others the default."""
+    names = {spec.name for spec in fields(LossOptions)}
+    options = {spec.name: spec.default for spec in fields(LossSection) if spec.name in names}
+    return LossOptions(**options | {name: getattr(loss, name) for name in names & reads})
 
 
 def gumbel_noise(index_B: Tensor, seed: int, step: int) -> Tensor:

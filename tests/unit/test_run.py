@@ -96,6 +96,18 @@ def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
     assert list((run / "tensorboard").iterdir()) and (run / "logs" / "rank-00000.log").is_file()
 
 
+def test_a_reference_that_takes_the_policys_place_after_each_step_leaves_every_step_at_ln_2(folder: Path) -> None:
+    """Evaluation is against the model before training all the same."""
+    flags = ("--reference.sync_steps", "1", "--reference.mixup_alpha", "1", "--train.epochs", "2")
+    rows = train(folder, "hard", *flags, "--eval.every_steps", "1")
+    training = [row for row in rows if "loss" in row]
+    assert len(training) == 4
+    assert [row["loss"] for row in training] == pytest.approx([math.log(2)] * 4, abs=1e-6)
+    assert [row["rewards/margins"] for row in training] == pytest.approx([0.0] * 4, abs=1e-5)
+    chosen = [row["eval_rewards/chosen"] for row in rows if "eval_loss" in row]
+    assert chosen[0] == pytest.approx(0, abs=1e-6) and min(map(abs, chosen[1:])) > 1e-3
+
+
 def test_several_evaluation_sets_have_metrics_of_their_own_and_pairs_keep_what_was_before(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

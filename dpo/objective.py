@@ -21,8 +21,8 @@ from dpo.loss_types import LOSS_TYPES, LossName
 
 LEAST_FACTOR = 1e-3
 """beta-DPO leaves at least this of beta."""
-LEAST_SPREAD = 1e-6
-"""Of reward margins, in nats; rounding is of this size before the first step, where all margins are 0."""
+LEAST_SPREAD = 1e-3
+"""Of reward margins, in nats: before the first step they differ by rounding alone, which must not decide a draw."""
 
 
 def _zero() -> Tensor:

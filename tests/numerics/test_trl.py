@@ -30,6 +30,7 @@ SEED, BETA, STEPS, PAIRS_PER_STEP, PAIRS_PER_DEVICE = 42, 0.3, 10, 4, 2
 WEIGHT_DECAY, WARMUP = 0.1, 0.2
 LEARNING_RATES = {"full": 1e-3, "lora": 2e-2, "moving": 1e-3}
 MAX_GRAD_NORM = {"full": 7.5, "lora": 2.5, "moving": 7.5}
+LEARNED = {"full": 0.6, "lora": 0.6, "moving": 0.65}
 SYNC_STEPS, MIXUP_ALPHA = 3, 0.4  # of TR-DPO, kind "moving"
 LORA = LoraSection(r=4)
 SAME_KEYS = ["rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"]
@@ -201,7 +202,7 @@ def test_log_probs_are_the_same(lab: Lab, theirs: Theirs) -> None:
 def test_every_step_is_the_same(lab: Lab, kind: str, theirs: Theirs, layout: str) -> None:
     ours = lab.ours(kind, layout)
     assert len(ours) == len(theirs.steps) == STEPS
-    assert ours[-1]["loss"] < 0.6, "it must have learned something"
+    assert ours[-1]["loss"] < LEARNED[kind], "it must have learned something"
     clipped = [row["grad_norm"] > MAX_GRAD_NORM[kind] for row in ours]
     assert any(clipped) and not all(clipped)
     for row, their_row in zip(ours, theirs.steps, strict=True):

@@ -56,7 +56,7 @@ def train(folder: Path, name: str, *flags: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def code_of(folder: Path, name: str, flags: dict[str, str]) -> int:
+def code_of(folder: Path, name: str, flags: dict[str, str], *more: str) -> int:
     """Train into folder/name; the exit code."""
     common = {
         "--model.path": f"{folder}/model",
@@ -69,7 +69,7 @@ def code_of(folder: Path, name: str, flags: dict[str, str]) -> int:
         "--log.every_steps": "1",
         "--log.tensorboard": "false",
     }
-    return train_dpo.main([word for item in (common | flags).items() for word in item])
+    return train_dpo.main([*(word for item in (common | flags).items() for word in item), *more])
 
 
 def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
@@ -106,6 +106,17 @@ def test_a_reference_that_takes_the_policys_place_after_each_step_leaves_every_s
     assert [row["rewards/margins"] for row in training] == pytest.approx([0.0] * 4, abs=1e-5)
     chosen = [row["eval_rewards/chosen"] for row in rows if "eval_loss" in row]
     assert chosen[0] == pytest.approx(0, abs=1e-6) and min(map(abs, chosen[1:])) > 1e-3
+
+
+def test_the_reference_of_a_checkpoint_cannot_begin_or_cease_to_move(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moving = {"--reference.sync_steps": "1", "--reference.mixup_alpha": "0.5"}
+    for name, first, later, said in (("moves", moving, {}, "moves"), ("stays", {}, moving, "does not move")):
+        assert code_of(folder, name, first | {"--train.stop_after_steps": "1"}) == 75
+        allowed = ["--checkpoint.allow_changes", "reference.sync_steps", "reference.mixup_alpha"]
+        assert code_of(folder, name, later, *allowed) == 3
+        assert f"its reference {said}: keep reference.sync_steps as it was" in capsys.readouterr().err
 
 
 def test_several_evaluation_sets_have_metrics_of_their_own_and_pairs_keep_what_was_before(

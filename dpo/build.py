@@ -24,6 +24,7 @@ from data_utils.sources import SourceSpec
 from dpo.config import Config, ConfigError, DataSource
 from dpo.engine import Engine, Scorer
 from dpo.gates import FALLBACKS, GateError, kernel_error, require_kernel, require_scoring, scoring_gap
+from dpo.logps import Observer
 from dpo.policy import Policy, Pretrained, add_lora, can_pack, evaluating
 from dpo.quantize import Coverage, QuantizedLinear
 from dpo.terminal import count
@@ -210,12 +211,15 @@ def open_reference(config: Config, source: Pretrained) -> Pretrained:
     """The model that serves as the reference: `reference.path`, or the policy's own starting weights.
 
     Raises:
-        ConfigError: `reference.path` is no model.
+        ConfigError: `reference.path` is no model, or has no KL divergence to the policy.
     """
-    if config.reference.path is None:
+    path, model = config.reference.path, config.model
+    if path is None:
         return source
-    model = config.model
-    return Pretrained.open(config.reference.path, model.attn_implementation, model.trust_remote_code, "reference.path")
+    reference = Pretrained.open(path, model.attn_implementation, model.trust_remote_code, "reference.path")
+    if config.measures_kl and not source.has_vocabulary_of(reference):
+        raise ConfigError(f"eval.kl=true: {path} and {model.path} have other vocabularies: drop it")
+    return reference
 
 
 def open_scorer(config: Config, source: Pretrained, engine: Engine) -> Callable[[], Scorer]:
@@ -231,9 +235,9 @@ def open_scorer(config: Config, source: Pretrained, engine: Engine) -> Callable[
 
 
 def _adapter_off(engine: Engine) -> Scorer:
-    def score(batch: PairBatch) -> Tensor:
+    def score(batch: PairBatch, observe: Observer | None = None) -> Tensor:
         with evaluating(engine.policy), engine.policy.adapter_off():
-            logps_S, _ = engine.forward(batch)
+            logps_S, _ = engine.forward(batch, observe=observe)
         return logps_S
 
     return score

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_utils.schema import Layout, PairBatch
 from dpo.config import Config, ConfigError, OptimSection
 from dpo.layers import require_compiler
-from dpo.logps import HeadStatistic
+from dpo.logps import HeadStatistic, Observer
 from dpo.moving import MovingCopy, Part
 from dpo.optimizers import fill_state, make_optimizer, restore_step, state_slices
 from dpo.plan import Plan
@@ -28,7 +28,14 @@ from dpo.slices import Slice, SliceReader
 from dpo.world import World
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-Scorer = Callable[[PairBatch], Tensor]
+
+
+class Scorer(Protocol):
+    """A frozen model."""
+
+    def __call__(self, batch: PairBatch, observe: Observer | None = None) -> Tensor:
+        """(S,) log-probs of the responses, without grad."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,11 @@ class Engine(Protocol):
     policy: Policy
 
     def forward(
-        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+        self,
+        batch: PairBatch,
+        statistic: HeadStatistic | None = None,
+        own_logits: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`Policy.forward` with the weights gathered."""
         ...
@@ -162,17 +173,15 @@ def share_buffers(policy: Policy, full: Policy | None, device: torch.device) -> 
             setattr(module, name, filled)
 
 
-def make_scorer(
-    model: Callable[[PairBatch], tuple[Tensor, Tensor | None]], visits: torch.device | None = None
-) -> Scorer:
-    """The log-probs of a frozen model, without grad. With `visits` the model is a module whose weights are on that
-    device for the forward only, and on the CPU between."""
+def make_scorer(model: Callable[..., tuple[Tensor, Tensor | None]], visits: torch.device | None = None) -> Scorer:
+    """The log-probs of a frozen model, called as `Policy.forward`, without grad. With `visits` it is a module whose
+    weights are on that device for the forward only, and on the CPU between."""
 
     @torch.no_grad()
-    def score(batch: PairBatch) -> Tensor:
+    def score(batch: PairBatch, observe: Observer | None = None) -> Tensor:
         if visits is not None:
             cast(nn.Module, model).to(visits)
-        logps_S, _ = model(batch)
+        logps_S, _ = model(batch, observe=observe)
         if visits is not None:
             cast(nn.Module, model).to("cpu")
         return logps_S
@@ -198,10 +207,14 @@ class TorchEngine:
         fill_state(self.optimizer)
 
     def forward(
-        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+        self,
+        batch: PairBatch,
+        statistic: HeadStatistic | None = None,
+        own_logits: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Engine`."""
-        return self.policy(batch, statistic, own_logits)
+        return self.policy(batch, statistic, own_logits, observe)
 
     def step(self, learning_rate: float) -> StepResult:
         """See `Engine`. Nothing here waits for the device: a bad step is skipped by the optimizer's own kernel."""

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from data_utils.schema import PairBatch
 from dpo.ds_json import complete_ds_json
 from dpo.engine import Build, Scorer, StepResult, make_scorer, share_buffers
-from dpo.logps import HeadStatistic
+from dpo.logps import HeadStatistic, Observer
 from dpo.moving import MovingCopy, Part
 from dpo.optimizers import fresh_moments, make_optimizer
 from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
@@ -68,10 +68,14 @@ class DeepSpeedEngine:
             self.zero.optimizer.state[partition] = fresh_moments(partition)
 
     def forward(
-        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+        self,
+        batch: PairBatch,
+        statistic: HeadStatistic | None = None,
+        own_logits: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Engine`."""
-        return self.engine(batch, statistic, own_logits)
+        return self.engine(batch, statistic, own_logits, observe)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine`. DeepSpeed averages over ranks, so the loss is scaled back."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from data_utils.schema import Layout, PairBatch
     from data_utils.shards import ShardSet
     from dpo.evaluator import Evaluator
-    from dpo.logps import HeadStatistic
+    from dpo.logps import HeadStatistic, Observer
     from dpo.policy import Policy, Pretrained
     from dpo.reference import Reference
     from dpo.signals import StopRequest
@@ -93,10 +92,14 @@ class _Frozen:
         self.policy = policy
 
     def forward(
-        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+        self,
+        batch: PairBatch,
+        statistic: HeadStatistic | None = None,
+        own_logits: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Engine`."""
-        return self.policy(batch, statistic, own_logits)
+        return self.policy(batch, statistic, own_logits, observe)
 
 
 def evaluate_model(
@@ -199,7 +202,8 @@ def _evaluator(config: Config, target: Target, shards: ShardSet, world: World, s
     steps = agree(loader.steps(0, 1), world, stop, layout)
     batches = whole_set(steps, loader.order.pairs_per_epoch, world, config.data.max_bad_fraction)
     reference = _reference(engine.policy, other, dtype, world.device)
-    return Evaluator(batches, Objective(config.loss), engine, reference, world, set_of(config, shards))
+    with_kl = target.has_reference and (other is None or source.has_vocabulary_of(other))
+    return Evaluator(batches, Objective(config.loss), engine, reference, world, set_of(config, shards), with_kl)
 
 
 def _policy(source: Pretrained, adapter: str | None, layout: Layout, dtype: torch.dtype) -> Policy:
@@ -225,12 +229,12 @@ def _reference(policy: Policy, other: Pretrained | None, dtype: torch.dtype, dev
 
     if other is not None:
         return Reference(make_scorer(frozen_policy(other, policy.layout, dtype).to(device)))
-    scorer: Callable[[PairBatch], Tensor] = make_scorer(policy)
+    scorer = make_scorer(policy)
     if not policy.is_lora:
         return Reference(scorer)
 
-    def without_adapter(batch: PairBatch) -> Tensor:
+    def without_adapter(batch: PairBatch, observe: Observer | None = None) -> Tensor:
         with policy.adapter_off():
-            return scorer(batch)
+            return scorer(batch, observe)
 
-    return Reference(without_adapter)
+    return Reference(without_adapter, shares_head=True)

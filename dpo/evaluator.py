@@ -13,6 +13,7 @@ from data_utils.schema import DataError, PairBatch
 from data_utils.shards import ShardSet
 from data_utils.skipped import Skipped
 from dpo.config import Config, DataSource
+from dpo.divergence import Divergence
 from dpo.engine import Engine
 from dpo.loss_terms import PairLogps
 from dpo.objective import Objective
@@ -26,10 +27,12 @@ from dpo.world import World
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank has scored: what the loss sees of each pair, (F, B) float64, and what else is known of it."""
+    """What one rank has scored: what the loss sees of each pair, (F, B) float64, and what else is known of it; kl_2B is
+    (2, B) of chosen and rejected, or (2, 0)."""
 
     names: tuple[str, ...]
     columns_FB: np.ndarray
+    kl_2B: np.ndarray
     index: list[int]
     weight: np.ndarray
     prompt_tokens: list[int]
@@ -65,6 +68,7 @@ class Evaluator:
     Args:
         batches: this rank's micro-batches, equally many on every rank.
         set_of: the name of the evaluation set that a pair belongs to, by its index.
+        with_kl: measure the divergence from the reference, which then runs at each evaluation.
     """
 
     def __init__(
@@ -75,10 +79,11 @@ class Evaluator:
         reference: Reference,
         world: World,
         set_of: Callable[[int], str],
+        with_kl: bool,
     ) -> None:
         self._batches = batches
         self._objective, self._engine, self._reference, self._world = objective, engine, reference, world
-        self._set_of = set_of
+        self._set_of, self._with_kl = set_of, with_kl
         self._reference_logps: list[Tensor] = []
 
     def ask_reference(self) -> None:
@@ -92,14 +97,23 @@ class Evaluator:
         with evaluating(self._engine.policy):
             batches = zip(self._batches, on_device(self._batches, self._world.device), strict=True)
             for number, (host_batch, batch) in enumerate(batches):
-                if number == len(self._reference_logps):
-                    self._reference_logps.append(self._reference.logps(batch))
-                policy_logps_S, statistic_S = self._engine.forward(batch, self._objective.statistic)
-                pairs = self._objective.pairs(batch, policy_logps_S, statistic_S, self._reference_logps[number])
+                pairs, kl_S = self._score(batch, number)
                 if not batch.is_idle:
-                    scored.append((host_batch, pairs))
+                    scored.append((host_batch, pairs, kl_S))
         everyones = self._world.gather_objects(_share(scored) if scored else None)
         return self._whole([share for share in everyones if share is not None])
+
+    def _score(self, batch: PairBatch, number: int) -> tuple[PairLogps, Tensor | None]:
+        """What the loss sees of a batch's pairs, and the divergence of each response where it is measured."""
+        divergence = Divergence(self._reference.shares_head) if self._with_kl else None
+        see_reference, see_policy = (divergence.see_reference, divergence.see_policy) if divergence else (None, None)
+        if number == len(self._reference_logps):
+            self._reference_logps.append(self._reference.logps(batch, see_reference))
+        elif divergence is not None:
+            self._reference.logps(batch, see_reference)
+        policy_logps_S, statistic_S = self._engine.forward(batch, self._objective.statistic, observe=see_policy)
+        pairs = self._objective.pairs(batch, policy_logps_S, statistic_S, self._reference_logps[number])
+        return pairs, None if divergence is None else divergence.by_sequence(batch)
 
     def _whole(self, shares: list[_Share]) -> Scores:
         """All ranks' pairs in the order of the held-out set; the loss is taken over the whole of it, in float64."""
@@ -111,6 +125,7 @@ class Evaluator:
         chosen_reward_B, rejected_reward_B = self._objective.rewards(pairs)
         sources = [source for share in shares for source in share.sources]
         prompt_tokens = [tokens for share in shares for tokens in share.prompt_tokens]
+        kl_2B = np.concatenate([share.kl_2B for share in shares], axis=1)[:, order] if self._with_kl else None
         return Scores(
             index=index[order],
             set_name=np.array([self._set_of(number) for number in index[order].tolist()]),
@@ -127,6 +142,8 @@ class Evaluator:
             chosen_reward=chosen_reward_B.numpy(),
             rejected_reward=rejected_reward_B.numpy(),
             loss=self._objective.loss(pairs).numpy(),
+            chosen_kl=None if kl_2B is None else kl_2B[0],
+            rejected_kl=None if kl_2B is None else kl_2B[1],
         )
 
     def _known(self, reference_logps_B: np.ndarray) -> np.ndarray:
@@ -134,14 +151,17 @@ class Evaluator:
         return reference_logps_B if self._objective.needs_reference else np.full_like(reference_logps_B, np.nan)
 
 
-def _share(scored: list[tuple[PairBatch, PairLogps]]) -> _Share:
+def _share(scored: list[tuple[PairBatch, PairLogps, Tensor | None]]) -> _Share:
     """What this rank has scored, brought to the host at once."""
-    names = tuple(item.name for item in fields(PairLogps) if getattr(scored[0][1], item.name) is not None)
-    columns = [torch.cat([getattr(pairs, name).double() for _, pairs in scored]) for name in names]
-    batches = [batch for batch, _ in scored]
+    first_pairs = scored[0][1]
+    names = tuple(item.name for item in fields(PairLogps) if getattr(first_pairs, item.name) is not None)
+    columns = [torch.cat([getattr(pairs, name).double() for _, pairs, _ in scored]) for name in names]
+    batches = [batch for batch, _, _ in scored]
+    kl_2B = [kl_S.double().reshape(2, -1) for _, _, kl_S in scored if kl_S is not None]
     return _Share(
         names=names,
         columns_FB=torch.stack(columns).cpu().numpy(),
+        kl_2B=torch.cat(kl_2B, dim=1).cpu().numpy() if kl_2B else np.empty((2, 0)),
         index=[index for batch in batches for index in batch.index_B],
         weight=torch.cat([batch.weight_B for batch in batches]).double().numpy(),
         prompt_tokens=[tokens for batch in batches for tokens in batch.prompt_lengths],

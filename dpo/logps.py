@@ -8,7 +8,8 @@ with respect to the hidden states is formed in the same pass, so that no logits 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,30 @@ def _logits(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, transfo
     """(R, V) logits in fp32 (fp64 for an fp64 head), a tensor of its own."""
     raw_RV = F.linear(hidden_RH, weight_VH, bias_V)
     return transform.apply_(raw_RV.to(torch.promote_types(raw_RV.dtype, torch.float32)))
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model predicts at N positions, in as little memory as it takes: hidden states (N, H), and the head (V, H),
+    (V,) or None."""
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    transform: LogitTransform
+
+    def rows(self, start: int, stop: int) -> Predictions:
+        """Of some of the positions."""
+        return replace(self, hidden_NH=self.hidden_NH[start:stop])
+
+
+Observer = Callable[[Predictions], None]
+"""Is shown what a batch's scored positions predict, while the head's weights are gathered."""
+
+
+def logits_of(predictions: Predictions) -> Tensor:
+    """(N, V) logits in fp32 (fp64 for an fp64 head)."""
+    return _logits(predictions.hidden_NH, predictions.weight_VH, predictions.bias_V, predictions.transform)
 
 
 def _raw_gradient(probs_RV: Tensor, labels_R: Tensor, slope: Tensor | float) -> Tensor:
@@ -257,11 +282,17 @@ class ScoringHead(nn.Linear):
         return head
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Tensor, labels_N: Tensor | None = None, statistic: HeadStatistic | None = None
+        self,
+        input: Tensor,
+        labels_N: Tensor | None = None,
+        statistic: HeadStatistic | None = None,
+        observe: Observer | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """(…, H) hidden states -> logits; with labels (N, H) -> `token_logps`."""
+        """(…, H) hidden states -> logits; with labels (N, H) -> `token_logps`, which `observe` may look behind."""
         if labels_N is None:
             return F.linear(input, self.weight, self.bias)
+        if observe is not None:
+            observe(Predictions(input, self.weight, self.bias, self.transform))
         return token_logps(input, self.weight, self.bias, labels_N, self.transform, statistic)
 
 

@@ -144,7 +144,7 @@ class Parts:
             share = config.reference.mixup_alpha
             return MovingReference(scorer(), lambda: self.engine.move_reference(share), config.reference.sync_steps)
         if config.reference.mode != "stored":
-            return Reference(scorer())
+            return Reference(scorer(), shares_head=config.reference_source == "adapter_off")
         opened = open_store(config, source, self.making, self.dtype, self.world, self.terminal.say)
         return StoredReference(
             scorer,
@@ -187,7 +187,8 @@ class Parts:
         most = self.config.data.max_bad_fraction
         batches = whole_set(steps, loader.order.pairs_per_epoch, self.world, most)
         sets = set_of(self.config, shards)
-        return Evaluator(batches, self.objective, self.engine, self.reference, self.world, sets)
+        with_kl = self.config.measures_kl
+        return Evaluator(batches, self.objective, self.engine, self.reference, self.world, sets, with_kl)
 
     def steps(self, first: int, last: int) -> Iterator[AgreedStep]:
         """Steps first, ..., last - 1 of training, agreed on by all ranks, with all that the reference needs."""

@@ -23,7 +23,7 @@ from dpo import attention
 from dpo.adapters import fuse
 from dpo.config import Config, ConfigError, LoraSection, ModelSection
 from dpo.layers import compile_layers, recompute_layers
-from dpo.logps import HeadStatistic, LogitTransform, ScoringHead, sum_by_sequence, tail_weights
+from dpo.logps import HeadStatistic, LogitTransform, Observer, ScoringHead, sum_by_sequence, tail_weights
 from dpo.offload import Offload
 from dpo.quantize import Quantization, adopt, dequantize, num_weights
 from dpo.quantize import empty as empty_quantized
@@ -120,6 +120,10 @@ class Pretrained:
         scale *= values.get("lm_head_multiplier") or 1.0
         softcap = values.get("final_logit_softcapping") or values.get("logits_soft_cap")
         return LogitTransform(float(scale), softcap)
+
+    def has_vocabulary_of(self, other: Pretrained) -> bool:
+        """Whether the two predict over equally many tokens."""
+        return self.text_config.vocab_size == other.text_config.vocab_size
 
     def empty(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model on the meta device: shapes without storage."""
@@ -281,7 +285,11 @@ class Policy(nn.Module):
         return self.model.disable_adapter()
 
     def forward(
-        self, batch: PairBatch, statistic: HeadStatistic | None = None, own_logits: bool = False
+        self,
+        batch: PairBatch,
+        statistic: HeadStatistic | None = None,
+        own_logits: bool = False,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Score the responses of a batch.
 
@@ -289,6 +297,7 @@ class Policy(nn.Module):
             batch: in this policy's layout.
             statistic: a head statistic to sum over each response as well.
             own_logits: take the model's own logits of each sequence by itself instead (the start-up check).
+            observe: is shown what the scored positions predict.
 
         Returns:
             logps_S: (S,) summed log-probs of the responses, fp32. statistic_S: (S,) or None.
@@ -298,7 +307,7 @@ class Policy(nn.Module):
                 return self._score_by_own_logits(batch), None
         hidden_RTH = self._hidden(batch)
         scored_NH = hidden_RTH.flatten(0, 1)[batch.score_positions_N]
-        token_logps_N, statistic_N = self.head(scored_NH, labels_N=batch.labels_N, statistic=statistic)
+        token_logps_N, statistic_N = self.head(scored_NH, labels_N=batch.labels_N, statistic=statistic, observe=observe)
         num_sequences = 2 * batch.num_pairs
         if batch.tail_weight != 1:
             token_logps_N = token_logps_N * tail_weights(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from data_utils.schema import PairBatch, Step
     from dpo.engine import Scorer
+    from dpo.logps import Observer
     from dpo.signals import StopRequest
     from dpo.steps import AgreedStep
     from dpo.world import World
@@ -39,22 +40,23 @@ class Reference:
 
     Attributes:
         num_forwards: forwards of this rank so far.
+        shares_head: it is the policy with its adapter off.
         remedy: what to do when its numbers are not the policy's before training.
     """
 
     remedy = "the reference must be the model before training; set reference.path if another one is meant"
 
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
+    def __init__(self, scorer: Scorer, shares_head: bool = False) -> None:
+        self._scorer, self.shares_head = scorer, shares_head
         self.num_forwards = 0
 
-    def logps(self, batch: PairBatch) -> Tensor:
+    def logps(self, batch: PairBatch, observe: Observer | None = None) -> Tensor:
         """(S,) summed log-probs of the responses under the reference, without grad; those of the batch where it has
-        them."""
-        if batch.reference_logps_S is not None:
+        them. `observe` is shown what the reference predicts."""
+        if batch.reference_logps_S is not None and observe is None:
             return batch.reference_logps_S
         self.num_forwards += 1
-        return self._scorer(batch)
+        return self._scorer(batch, observe)
 
     def look_up(self, step: Step) -> int:
         """Forwards that this rank needs before a step can be taken; all ranks then make as many together."""
@@ -94,8 +96,9 @@ class NoReference(Reference):
     def __init__(self) -> None:
         self.num_forwards = 0
 
-    def logps(self, batch: PairBatch) -> Tensor:
+    def logps(self, batch: PairBatch, observe: Observer | None = None) -> Tensor:
         """See `Reference`: (S,) zeros."""
+        assert observe is None, "Config refuses it"
         return batch.response_lengths_S.new_zeros(2 * batch.num_pairs)
 
 

@@ -31,6 +31,8 @@ class Scores:
             reference's NaN for losses without one.
         chosen_reward, rejected_reward: the rewards that the loss implies, float64.
         loss: of the pair before its weight, float64.
+        chosen_kl, rejected_kl: KL(policy || reference) over the vocabulary, summed over the response's scored positions
+            in nats, float64; None where it was not measured.
     """
 
     index: np.ndarray
@@ -48,6 +50,8 @@ class Scores:
     chosen_reward: np.ndarray
     rejected_reward: np.ndarray
     loss: np.ndarray
+    chosen_kl: np.ndarray | None = None
+    rejected_kl: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -69,7 +73,8 @@ class Scores:
 
     def of(self, chosen: np.ndarray) -> Scores:
         """Some of the pairs: a mask, or places."""
-        return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: column[chosen] for name, column in columns.items() if column is not None})
 
 
 def right(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -111,6 +116,9 @@ def means(scores: Scores) -> dict[str, float]:
         "drift/chosen_fell": scores.chosen_logratio < 0,
     }
     assert tuple(values) == MEANS
+    if scores.chosen_kl is not None and scores.rejected_kl is not None:
+        columns = (scores.chosen_kl / scores.chosen_tokens, scores.rejected_kl / scores.rejected_tokens)
+        values |= dict(zip(KL_MEANS, columns, strict=True))
     return {key: float(np.mean(value)) for key, value in values.items()}
 
 
@@ -131,6 +139,8 @@ MEANS = (
     "drift/rejected",
     "drift/chosen_fell",
 )
+KL_MEANS = ("kl_per_token/chosen", "kl_per_token/rejected")
+"""Those of evaluations that measure it."""
 GROUP_MEANS = ("loss", "rewards/accuracies", "rewards/margins", "drift/chosen")
 """Those that sources and length buckets get."""
 
@@ -248,6 +258,8 @@ def _values(scores: Scores, place: int) -> dict[str, float | None]:
         "rewards/rejected": scores.rejected_reward,
         "rewards/margins": scores.margin,
     }
+    if scores.chosen_kl is not None and scores.rejected_kl is not None:
+        values |= {"kl/chosen": scores.chosen_kl, "kl/rejected": scores.rejected_kl}
     return {key: _short(value_B[place]) for key, value_B in values.items()}
 
 

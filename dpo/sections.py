@@ -476,6 +476,9 @@ class EvalSection:
     """Evaluate every so many steps; none: only before and after training."""
     before: bool = True
     """Evaluate before the first step."""
+    kl: bool | None = None
+    """Measure the KL divergence from the reference at the positions of the held-out responses, which takes a forward
+    of the reference at each evaluation; none: where the reference is the live model before training."""
     generate: bool = False
     """Let the policy answer the held-out prompts greedily, before and after training; answers.jsonl in the run
     directory holds both. One process in this version."""
@@ -554,6 +557,7 @@ class Config:
             raise ConfigError(f"batch.layout={self.batch.layout} brings its own attention: {remedy}")
         self._check_quantization()
         self._check_reference()
+        self._check_kl()
         known = [
             f"{section.name}.{key.name}" for section in fields(self) for key in fields(getattr(self, section.name))
         ]
@@ -593,6 +597,21 @@ class Config:
         if self.reference.offload and self.reference_source == "adapter_off":
             remedy = "set --reference.mode frozen_copy, or drop it"
             raise ConfigError(f"reference.offload does nothing when the adapter is switched off: {remedy}")
+
+    def _check_kl(self) -> None:
+        if not self.eval.kl:
+            return
+        require(len(self.data.eval) > 0, "eval.kl needs held-out pairs: set --data.eval, or drop it")
+        losses = " ".join(self.loss.type)
+        require(self.loss.needs_reference, f"eval.kl=true: loss.type={losses} has no reference: drop it")
+        remedy = "set --reference.mode auto, or drop it"
+        require(self.reference.mode != "stored", f"eval.kl=true: a stored reference has log-probs only: {remedy}")
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether evaluations measure the divergence from the reference."""
+        is_live = self.loss.needs_reference and self.reference.mode != "stored"
+        return is_live and self.reference.path is None if self.eval.kl is None else self.eval.kl
 
     @property
     def reference_source(self) -> Literal["adapter_off", "frozen_copy"]:

@@ -25,6 +25,7 @@ from dpo.config import Config
 from dpo.engine import Scorer
 from dpo.gates import STEP0_TOLERANCE, GateError
 from dpo.identity import Facts, identity_of, reference_facts, weights_sha
+from dpo.logps import Observer
 from dpo.policy import Pretrained
 from dpo.reference import Reference
 from dpo.steps import FILLER_ID, AgreedStep
@@ -143,9 +144,9 @@ class StoredReference(Reference):
         self._lookup = _Lookup([], [], [], {}, {})
         self._pending: deque[_Pending] = deque()
 
-    def logps(self, batch: PairBatch) -> Tensor:
-        """See `Reference`; they came with the batch."""
-        assert batch.reference_logps_S is not None
+    def logps(self, batch: PairBatch, observe: Observer | None = None) -> Tensor:
+        """See `Reference`; they came with the batch, and nothing else did."""
+        assert batch.reference_logps_S is not None and observe is None
         return batch.reference_logps_S
 
     # ---- before a step

@@ -22,6 +22,7 @@ LABELS = {
     "eval_rewards/margins": "margin",
     "eval_drift/chosen": "drift of log p(chosen)",
     "eval_drift/rejected": "drift of log p(rejected)",
+    "eval_kl_per_token/chosen": "KL to reference, chosen",
 }
 Item = TypeVar("Item")
 
@@ -118,7 +119,8 @@ class Terminal:
         for heading in ("", "before", "after"):
             table.add_column(heading, justify="left" if not heading else "right")
         for key, label in LABELS.items():
-            table.add_row(label, f"{before[key]:.4f}" if before else "-", f"{after[key]:.4f}")
+            if key in after:
+                table.add_row(label, f"{before[key]:.4f}" if key in before else "-", f"{after[key]:.4f}")
         self.console.print(table)
 
     def shares(

@@ -17,7 +17,7 @@ from dpo.report.answers import answers
 from dpo.report.pairs import pair_table
 from dpo.report.series import MAX_POINTS, digits, series
 from dpo.report.texts import open_shards, statistics
-from dpo.scores import MEANS, PAIRS_FILE, drift_warning
+from dpo.scores import KL_MEANS, MEANS, PAIRS_FILE, drift_warning
 
 Row = Mapping[str, Any]
 
@@ -202,6 +202,8 @@ ROWS = (
     ("drift/chosen", "Drift of chosen, nats per token"),
     ("drift/rejected", "Drift of rejected, nats per token"),
     ("drift/chosen_fell", "Chosen that became less likely"),
+    ("kl_per_token/chosen", "KL to the reference on chosen, nats per token"),
+    ("kl_per_token/rejected", "KL to the reference on rejected, nats per token"),
 )
 
 
@@ -220,7 +222,7 @@ def _before_after(evaluations: Sequence[Row]) -> dict[str, Any]:
             "rows": [
                 (key, label, digits(before.get(prefix + key)), digits(latest[prefix + key]))
                 for key, label in ROWS
-                if prefix + key in latest and not (key.startswith("drift") and latest[prefix + key] is None)
+                if prefix + key in latest and not (key.startswith(("drift", "kl")) and latest[prefix + key] is None)
             ],
         }
         for name, prefix in prefixes.items()
@@ -252,4 +254,4 @@ def document(
     return {"made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "runs": runs}
 
 
-assert {key for key, _ in ROWS} <= set(MEANS)
+assert {key for key, _ in ROWS} <= {*MEANS, *KL_MEANS}

@@ -60,7 +60,8 @@ function beforeAfter(run) {
     table(["", "pairs", "accuracy", "loss", "margin"], rows.map((row) =>
       [text(row.name), format(row.pairs), percent(row["rewards/accuracies"]), format(row.loss), format(row["rewards/margins"])]), { extra: 4 })));
   const lead = `Exact means over every held-out pair, after step ${step.toLocaleString("en-US")}. Length controlled: the mean of the accuracies ` +
-    "where the chosen response is the longer and where it is the shorter one. Drift: log pi − log ref of the given responses.";
+    "where the chosen response is the longer and where it is the shorter one. Drift: log pi − log ref of the given responses." +
+    (sets[""].rows.some(([key]) => key.startsWith("kl")) ? " KL: exact over the vocabulary, averaged over the positions of the given responses, not over answers of the policy's own." : "");
   return section("Before and after", lead, whole, h("div", { class: "half" }, others, groups));
 }
 
@@ -78,6 +79,7 @@ const CHARTS = [
   { title: "Rewards", training: ["rewards/chosen", "rewards/rejected"] },
   { title: "Log-probs of the responses", training: ["logps/chosen", "logps/rejected"] },
   { title: "Held-out drift, nats per token", evaluation: ["eval_drift/chosen", "eval_drift/rejected"] },
+  { title: "KL to the reference on held-out responses, nats per token", evaluation: ["eval_kl_per_token/chosen", "eval_kl_per_token/rejected"] },
   { title: "Gradient norm", training: ["grad_norm"], log: true, logs: true },
   { title: "Learning rate", training: ["learning_rate"], logs: true },
   { title: "Pairs per second", training: ["pairs_per_second"] },
@@ -298,7 +300,7 @@ function reproduce(run) {
 
 const COMPARED = [
   ["eval_loss", "Held-out loss"], ["eval_rewards/accuracies", "Held-out accuracy"], ["eval_rewards/margins", "Held-out margin"],
-  ["eval_drift/chosen", "Held-out drift of chosen, nats per token"], ["loss", "Training loss"], ["rewards/margins", "Training margin"], ["grad_norm", "Gradient norm"],
+  ["eval_drift/chosen", "Held-out drift of chosen, nats per token"], ["eval_kl_per_token/chosen", "KL to the reference on chosen, nats per token"], ["loss", "Training loss"], ["rewards/margins", "Training margin"], ["grad_norm", "Gradient norm"],
   ["learning_rate", "Learning rate"], ["tokens_per_second", "Tokens per second"], ["peak_memory_gib", "Peak memory, GiB"],
 ];
 const lastOf = (one) => (one && one.y.length ? one.y[one.y.length - 1] : null);
@@ -306,7 +308,7 @@ const lastOf = (one) => (one && one.y.length ? one.y[one.y.length - 1] : null);
 function comparison(runs) {
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.changed)))];
   const differing = keys.filter((key) => new Set(runs.map((run) => run.changed[key])).size > 1);
-  const measures = COMPARED.slice(0, 4);
+  const measures = COMPARED.slice(0, 5).filter(([key]) => runs.some((run) => run.evaluation[key]));
   const node = h("div", { class: "wide" });
   let [by, direction] = [0, 1];
   const value = (run, place) => (place < 0 ? run.changed[differing[-place - 1]] || "" : lastOf(run.evaluation[measures[place][0]]));

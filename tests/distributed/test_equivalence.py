@@ -153,6 +153,17 @@ def test_every_evaluation_is_the_mean_over_every_pair_once(trained: Lab, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("member", ["single", *ONE_RANK, *TWO_RANKS])
+def test_every_evaluation_has_the_kl_to_the_reference(trained: Lab, kind: str, member: str) -> None:
+    before, *_, after = (row for row in trained.rows(f"{kind}-{member}") if "eval_loss" in row)
+    yardstick = trained.rows(f"{kind}-single")[-1]
+    for side in ("chosen", "rejected"):
+        key = f"eval_kl_per_token/{side}"
+        assert abs(before[key]) < 1e-6
+        assert after[key] > 1e-4 and after[key] == pytest.approx(yardstick[key], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*STORED_ONE_RANK, *STORED_TWO_RANKS])
 def test_a_warm_store_asks_no_reference(trained: Lab, kind: str, name: str) -> None:
     """Cold, only the first epoch's pairs and the held-out ones are computed; with a gap, only what is missing."""

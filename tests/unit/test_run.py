@@ -37,7 +37,7 @@ METRICS = (
 EVALUATION = (
     "step epoch eval_loss eval_rewards/chosen eval_rewards/rejected eval_rewards/accuracies eval_rewards/margins "
     "eval_logps/chosen eval_logps/rejected eval_rewards/accuracies_length_controlled eval_drift/chosen "
-    "eval_drift/rejected eval_drift/chosen_fell eval_pairs"
+    "eval_drift/rejected eval_drift/chosen_fell eval_kl_per_token/chosen eval_kl_per_token/rejected eval_pairs"
 ).split()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,6 +48,8 @@ def random_scores(num_pairs: int, seed: int = 0, names: tuple[str, ...] = ("a", 
         chosen_reward=floats(-2, 2),
         rejected_reward=floats(-2, 2),
         loss=floats(0.1, 2),
+        chosen_kl=floats(0, 9),
+        rejected_kl=floats(0, 9),
     )
 
 
@@ -79,6 +82,8 @@ def by_hand(scores: Scores) -> dict[str, float]:
         "drift/chosen": mean([c / row["chosen_tokens"] for c, row in zip(chosen, rows, strict=True)]),
         "drift/rejected": mean([r / row["rejected_tokens"] for r, row in zip(rejected, rows, strict=True)]),
         "drift/chosen_fell": mean([float(c < 0) for c in chosen]),
+        "kl_per_token/chosen": mean([row["chosen_kl"] / row["chosen_tokens"] for row in rows]),
+        "kl_per_token/rejected": mean([row["rejected_kl"] / row["rejected_tokens"] for row in rows]),
     }
 
 
@@ -102,6 +107,11 @@ def test_every_metric_equals_its_recomputation_of_the_whole_set_of_each_set_sour
     assert row["eval_pairs"] == 401 == row["eval_one_pairs"] + row["eval_two_pairs"]
     by_length = [value for key, value in row.items() if key.startswith("eval_by_length") and key.endswith("/pairs")]
     assert sum(by_length) == 401
+
+
+def test_a_divergence_that_was_not_measured_has_no_metric() -> None:
+    row = evaluation_metrics(replace(random_scores(9), chosen_kl=None, rejected_kl=None))
+    assert not [key for key in row if "kl" in key] and len(row) > 11
 
 
 def test_a_rule_of_length_alone_gets_one_half_when_length_is_controlled() -> None:

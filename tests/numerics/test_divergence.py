@@ -1,0 +1,118 @@
+"""KL to the reference against a float64 recomputation over the whole vocabulary, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from data_utils.batching import collate, idle_batch
+from data_utils.schema import Layout, PairBatch
+from dpo import logps
+from dpo.config import LoraSection
+from dpo.divergence import Divergence, token_kl
+from dpo.logps import LogitTransform, Predictions, logits_of
+from dpo.policy import Policy, add_lora
+from tests.numerics.tiny_models import described, random_pairs, tiny_model
+
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
+TRANSFORMS = [LogitTransform(), LogitTransform(2.0, 3.0)]
+
+
+def predictions(seed: int, transform: LogitTransform) -> Predictions:
+    generator = torch.Generator().manual_seed(seed)
+    hidden_NH, weight_VH, bias_V = (torch.randn(*shape, generator=generator) for shape in ((50, 8), (997, 8), (997,)))
+    return Predictions(hidden_NH, weight_VH, bias_V, transform)
+
+
+def exact(policy: Predictions, reference: Predictions) -> Tensor:
+    """By the formula, in float64."""
+    log_p_NV, log_q_NV = (logits_of(one).double().log_softmax(-1) for one in (policy, reference))
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("step", [0.0, 1e-3, 0.1, 1.0])
+def test_it_is_the_sum_over_the_vocabulary(
+    transform: LogitTransform, step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 7 * 997 * 16)
+    reference, direction = predictions(0, transform), predictions(1, transform)
+    policy = replace(reference, hidden_NH=reference.hidden_NH + step * direction.hidden_NH)
+    found_N = token_kl(policy, reference)
+    assert found_N.dtype == torch.float32
+    torch.testing.assert_close(found_N.double(), exact(policy, reference), rtol=1e-5, atol=1e-6)
+    assert (found_N > -1e-6).all()
+
+
+def test_another_head_a_sure_model_and_no_position_at_all() -> None:
+    reference, policy = predictions(0, TRANSFORMS[0]), predictions(1, TRANSFORMS[0])
+    torch.testing.assert_close(token_kl(policy, reference).double(), exact(policy, reference), rtol=1e-5, atol=1e-6)
+    sure = replace(policy, hidden_NH=policy.hidden_NH * 100)
+    assert token_kl(sure, sure).abs().max() < 1e-5
+    torch.testing.assert_close(token_kl(sure, reference).double(), exact(sure, reference), rtol=1e-5, atol=1e-4)
+    masked_V = torch.where(torch.arange(997) < 990, 0.0, -torch.inf)
+    both = [replace(one, bias_V=masked_V) for one in (policy, reference)]
+    assert token_kl(both[0], both[1]).isfinite().all()
+    assert token_kl(policy.rows(0, 0), reference.rows(0, 0)).shape == (0,)
+    broken = replace(policy, hidden_NH=policy.hidden_NH * torch.nan)
+    assert token_kl(broken, reference).isnan().all()
+
+
+def lora_policy(layout: Layout) -> Policy:
+    model = tiny_model("llama")
+    adapted = add_lora(model, LoraSection(r=4), seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    return Policy(adapted, described(model).logit_transform, layout).eval()
+
+
+def measured(batch: PairBatch, score_reference: Callable[..., Any], policy: Policy, shares_head: bool) -> Tensor:
+    divergence = Divergence(shares_head)
+    score_reference(batch, observe=divergence.see_reference)
+    policy(batch, observe=divergence.see_policy)
+    return divergence.by_sequence(batch)
+
+
+@torch.no_grad()
+def test_every_layout_measures_the_adapter_against_the_base_at_the_scored_positions() -> None:
+    pairs = random_pairs(3)
+    expected_S = []
+    model = cast(PeftModel, lora_policy("padded").model).double()
+    for ids, prompt in [(p.prompt_ids + p.chosen_ids, p.prompt_ids) for p in pairs] + [
+        (p.prompt_ids + p.rejected_ids, p.prompt_ids) for p in pairs
+    ]:
+        log_p_TV = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        with model.disable_adapter():
+            log_q_TV = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected_S.append((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+    assert min(expected_S) > 0.01
+    for layout in LAYOUTS:
+        policy = lora_policy(layout)
+
+        def without_adapter(batch: PairBatch, policy: Policy = policy, **options: Any) -> None:
+            with policy.adapter_off():
+                policy(batch, **options)
+
+        found_S = measured(collate(pairs, layout, pad_token_id=0), without_adapter, policy, shares_head=True)
+        torch.testing.assert_close(found_S.double(), torch.stack(expected_S), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_frozen_copy_keeps_its_head_and_an_idle_batch_does_no_harm() -> None:
+    model = tiny_model("gemma2")
+    policy, copy = (Policy(tiny_model("gemma2"), described(model).logit_transform, "shared").eval() for _ in range(2))
+    batch = collate(random_pairs(2), "shared", pad_token_id=0)
+    assert measured(batch, copy, policy, shares_head=False).abs().max() < 1e-6
+    divergence = Divergence(shares_head=False)
+    copy(batch, observe=divergence.see_reference)
+    copy.head.weight.fill_(7)  # as when its weights are resharded
+    policy(batch, observe=divergence.see_policy)
+    assert divergence.by_sequence(batch).abs().max() < 1e-6
+    assert measured(idle_batch("shared", 0), copy, policy, shares_head=False).isfinite().all()

@@ -207,12 +207,19 @@ def find(shelf: Shelf, resume: str, world: World) -> tuple[Path, TrainerState] |
     found, problem = world.gather_objects(_outcome(look) if world.is_main else None)[0]
     if problem is not None:
         raise CheckpointError(problem[0])
-    if found is None:
-        return None
+    return None if found is None else (Path(found[0]), read_state(Path(found[0]), found[1]))
+
+
+def read_state(path: Path, text: str) -> TrainerState:
+    """What trainer.json of a verified checkpoint says.
+
+    Raises:
+        CheckpointError: it is of another version.
+    """
     try:
-        return Path(found[0]), TrainerState(**json.loads(found[1]))
+        return TrainerState(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{found[0]}/trainer.json: of another version of this trainer ({error})") from error
+        raise CheckpointError(f"{path}/trainer.json: of another version of this trainer ({error})") from error
 
 
 def restore(path: Path, engine: Engine, world: World) -> None:

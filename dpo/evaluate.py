@@ -48,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="of compute (default: bfloat16 on a GPU)",
     )
+    add(
+        "--quantization",
+        choices=("auto", "none", "nf4", "int8"),
+        default="auto",
+        help="of M's base (default: that of the run whose directory the adapter's folder is in; else none)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU per rank where there is one")
     add("--on_bad_row", choices=("error", "skip"), default="error", help="as the trainer's data.on_bad_row")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
@@ -64,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     from dpo.session import tool_session
 
     try:
-        target = Target.of(arguments.model, arguments.reference, arguments.beta)
+        target = Target.of(arguments.model, arguments.reference, arguments.beta, arguments.quantization)
         config = config_for(arguments, target)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from dpo.config import Config, ConfigError, build
 from dpo.files import read_object, write_atomically
+from dpo.report.collect import config_of
 from dpo.scores import Scores, evaluation_metrics, named_groups, pair_rows, right
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from dpo.world import World
 
 
+Kept = Literal["none", "nf4", "int8"]
+
+
 @dataclass(frozen=True)
 class Target:
     """What is scored, and what it is held against.
@@ -37,11 +41,16 @@ class Target:
         base: the model whose weights are read.
         adapter: the folder of the adapter on it, or None.
         reference: another model, or None.
+        quantization: how the base is kept, "nf4", "int8" or "none"; double_quantization as `model.double_quantization`.
+        note: why, for people.
     """
 
     base: str
     adapter: str | None
     reference: str | None
+    quantization: Kept = "none"
+    double_quantization: bool = True
+    note: str = ""
 
     @property
     def has_reference(self) -> bool:
@@ -49,7 +58,7 @@ class Target:
         return self.adapter is not None or self.reference is not None
 
     @staticmethod
-    def of(model: str, reference: str | None, beta: float | None) -> Target:
+    def of(model: str, reference: str | None, beta: float | None, quantization: str = "auto") -> Target:
         """Read what kind of model it is.
 
         Raises:
@@ -60,9 +69,26 @@ class Target:
         if not base:
             raise ConfigError(f"--model {model}: its adapter_config.json names no base model: add it there")
         target = Target(str(base), model if adapter else None, reference)
+        if quantization != "auto":
+            target = replace(target, quantization=cast(Kept, quantization))
+        elif adapter:
+            target = target._as_in_the_run(Path(model).resolve().parent)
         if beta is not None and not target.has_reference:
             raise ConfigError("--beta scales rewards, which need a reference: give --reference, or drop it")
         return target
+
+    def _as_in_the_run(self, run: Path) -> Target:
+        """With the base kept as the run did, where the adapter's folder is in a run directory."""
+        if not (run / "config.yaml").is_file():
+            return self
+        section = config_of(run).model
+        note = f"{self.base} in {section.quantization}, as {run}/config.yaml says"
+        return replace(
+            self,
+            quantization=section.quantization,
+            double_quantization=section.double_quantization,
+            note="" if section.quantization == "none" else note,
+        )
 
 
 def config_for(arguments: argparse.Namespace, target: Target) -> Config:
@@ -121,8 +147,9 @@ def evaluate_model(
         ours = world.gather_objects(folder)[0]
         scratch = world.together(lambda: Scratch(ours))
         shards, notes = open_shards(config.data.eval, config, world, scratch, DataRecord(Path(folder)))
-        for note in notes:
-            terminal.say(note)
+        for note in [*notes, target.note]:
+            if note:
+                terminal.say(note)
         scores = _evaluator(config, target, shards, world, stop).run()
     metrics = measured(scores, target.has_reference)
     where = [shards.where(index) for index in scores.index.tolist()]
@@ -176,16 +203,19 @@ def _evaluator(config: Config, target: Target, shards: ShardSet, world: World, s
     from dpo.evaluator import Evaluator, set_of, whole_set
     from dpo.objective import Objective
     from dpo.policy import Pretrained
+    from dpo.quantize import Quantization
     from dpo.steps import FILLER_ID, agree
 
     source = Pretrained.open(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    if target.quantization != "none":
+        source = replace(source, quantization=Quantization(target.quantization, target.double_quantization))
     other = None
     if target.reference is not None:
         other = Pretrained.open(target.reference, None, config.model.trust_remote_code, "--reference")
     tokenizer = open_tokenizer(config)
     layout, _ = choose_layout(config, source, other or source)
     dtype = compute_dtype(config.model.dtype, world.device)
-    engine = cast(Engine, _Frozen(_policy(source, target.adapter, layout, dtype).to(world.device)))
+    engine = cast(Engine, _Frozen(_policy(source, target.adapter, layout, dtype, world.device)))
     settle_layout(config, source, engine, dtype, world)
     layout = engine.policy.layout
     loader = StepLoader(
@@ -206,19 +236,21 @@ def _evaluator(config: Config, target: Target, shards: ShardSet, world: World, s
     return Evaluator(batches, Objective(config.loss), engine, reference, world, set_of(config, shards), with_kl)
 
 
-def _policy(source: Pretrained, adapter: str | None, layout: Layout, dtype: torch.dtype) -> Policy:
+def _policy(
+    source: Pretrained, adapter: str | None, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> Policy:
     """The model as it is loaded from disk, with its adapter where it has one."""
     from peft import PeftModel
 
     from dpo.policy import Policy, frozen_policy
 
     if adapter is None:
-        return frozen_policy(source, layout, dtype)
+        return frozen_policy(source, layout, dtype).to(device)
     try:
-        model = PeftModel.from_pretrained(source.load(dtype), adapter)
+        model = PeftModel.from_pretrained(source.load(dtype, device), adapter)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"--model {adapter}: {str(error).strip().splitlines()[0]}") from error
-    return Policy(model, source.logit_transform, layout).requires_grad_(False).eval()
+    return Policy(model, source.logit_transform, layout).requires_grad_(False).eval().to(device)
 
 
 def _reference(policy: Policy, other: Pretrained | None, dtype: torch.dtype, device: torch.device) -> Reference:

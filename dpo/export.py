@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-DESCRIPTION = """Export what a finished run has trained: a peft adapter, or a model in sharded safetensors, with
-tokenizer, chat template, generation config and a model card that holds the measured numbers.
+DESCRIPTION = """Export what a run has trained: a peft adapter, or a model in sharded safetensors, with tokenizer, chat
+template, generation config and a model card that holds the measured numbers. Of a run that has not finished, the newest
+checkpoint; of any run, a checkpoint that is named.
 
 The export is then loaded as anybody would load it, in plain transformers or peft, and must give the log-probs of
-held-out pairs that the run's last evaluation has recorded (without one: those of the run's own final model)."""
-EPILOG = """exit codes: 0 exported and checked; 2 no finished run, or bad arguments; 3 the export does not give the
-run's log-probs (nothing is left behind)."""
+held-out pairs that the run's evaluation at that step has recorded (without one: those of what was trained)."""
+EPILOG = """exit codes: 0 exported and checked; 2 nothing to export, or bad arguments; 3 the checkpoint is damaged, or
+the export does not give the run's log-probs (nothing is left behind)."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,9 +29,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory (run.dir)")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory (run.dir), or one of its checkpoints")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to (default RUN/export-adapter or RUN/export-model)"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where to (default RUN/export-adapter or RUN/export-model, with -step-N of a checkpoint)",
     )
     parser.add_argument(
         "--form",
@@ -61,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     quiet()
     from data_utils.schema import DataError
     from dpo.export_run import ParityError, export_run
-    from dpo.refusals import ConfigError
+    from dpo.refusals import CheckpointError, ConfigError
 
     try:
         done = export_run(
@@ -78,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(str(error), 2)
     except OSError as error:
         return _refuse(f"{error.filename or arguments.run}: {error.strerror or error}", 2)
-    except ParityError as error:
+    except (CheckpointError, ParityError) as error:
         return _refuse(str(error), 3)
     print(done.told())
     return 0

@@ -1,4 +1,4 @@
-"""A finished run -> an export that was checked; `python -m dpo.export` starts it."""
+"""A run, finished or not -> an export that was checked; `python -m dpo.export` starts it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from dpo.config import Config, ConfigError
 from dpo.engine import DTYPES
+from dpo.export_checkpoint import config_and_state, is_checkpoint, newest, write_final
 from dpo.files import read_object
 from dpo.model_card import model_card
-from dpo.parity import Parity, check_parity
+from dpo.parity import Parity, Trained, check_parity, load_plain
 from dpo.policy import plain_base
 from dpo.report.collect import config_of
 
@@ -30,9 +31,10 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where, and how far it is from the run's own numbers."""
+    """What was written where, of which step, and how far it is from the run's own numbers."""
 
     directory: str
+    step: int
     form: Form
     files: list[str]
     num_bytes: int
@@ -45,56 +47,85 @@ class Exported:
     def told(self) -> str:
         """For people."""
         size = f"{len(self.files)} files, {self.num_bytes / 1e6:,.1f} MB"
-        return f"{self.directory}: {self.form}, {size}\n{self.parity.told()}"
+        return f"{self.directory}: {self.form} after step {self.step}, {size}\n{self.parity.told()}"
 
 
 def export_run(
-    run: Path, out: Path | None, *, form: Form | None, dtype: str | None, max_shard_size: str, check_pairs: int
+    place: Path, out: Path | None, *, form: Form | None, dtype: str | None, max_shard_size: str, check_pairs: int
 ) -> Exported:
-    """Export a run's final model; the directory appears only once it was checked.
+    """Export a run's final model, or a checkpoint; the directory appears only once it was checked.
 
     Args:
+        place: a run directory, whose newest checkpoint is taken where it has not finished; or a checkpoint.
         out: None: a folder of the form's name in the run directory.
         form: None: what was trained.
         dtype: of a model's weights; None: as the run left them (an adapter is merged in fp32, and then has the dtype of
             its base).
 
     Raises:
-        ConfigError: there is no finished run, or it cannot be exported so.
+        ConfigError: there is nothing to export, or it cannot be exported so.
+        CheckpointError: the checkpoint is damaged or not trusted.
         ParityError: what was written does not score as the run did.
     """
     transformers.utils.logging.disable_progress_bar()
-    config, final = config_of(run), _final(run)
-    is_adapter = (final / "adapter_config.json").is_file()
+    run, checkpoint = _found(place)
+    config, state = (config_of(run), None) if checkpoint is None else config_and_state(checkpoint, _trusts(run))
+    is_adapter = config.lora.r > 0 and not config.export.merge_lora
     if form == "adapter" and not is_adapter:
-        raise ConfigError(f"{final} holds a whole model, not an adapter: drop --form adapter")
+        raise ConfigError(f"{place} holds a whole model, not an adapter: drop --form adapter")
     form = form or ("adapter" if is_adapter else "model")
-    directory = out or run / f"export-{form}"
+    directory = out or run / (f"export-{form}" if state is None else f"export-{form}-step-{state.step}")
     if directory.exists():
         raise ConfigError(f"{directory} is there already: remove it, or name another folder with --out")
-    aside = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, final = (directory.with_name(f".{directory.name}.{part}") for part in ("part", "final"))
+    for folder in (aside, final):
+        shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write(aside, config, final, form, dtype, max_shard_size)
-        parity = check_parity(run, config, final, aside, check_pairs)
+        if checkpoint is None or state is None:
+            trained = _final(run, config)
+        else:
+            trained = write_final(checkpoint, config, state, final)
+        _write(aside, config, trained.folder, form, dtype, max_shard_size)
+        parity = check_parity(run, config, trained, aside, check_pairs)
         if not parity.passed:
             raise ParityError(f"{directory}: not exported: {parity.told()}")
-        (aside / "README.md").write_text(model_card(run, directory, config, form, parity), encoding="utf-8")
+        card = model_card(run, directory, config, form, parity, trained.step)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         os.replace(aside, directory)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for folder in (aside, final):
+            shutil.rmtree(folder, ignore_errors=True)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     sizes = sum(path.stat().st_size for path in files)
-    return Exported(str(directory), form, [str(path.relative_to(directory)) for path in files], sizes, parity)
+    names = [str(path.relative_to(directory)) for path in files]
+    return Exported(str(directory), trained.step, form, names, sizes, parity)
 
 
-def _final(run: Path) -> Path:
-    status, final = read_object(run / "status.json"), run / "final"
-    if status.get("state") != "finished" or not final.is_dir():
+def _found(place: Path) -> tuple[Path, Path | None]:
+    """The run directory, and the checkpoint to export where it is not the final model."""
+    if is_checkpoint(place):
+        return place.resolve().parent.parent, place
+    config_of(place)
+    status = read_object(place / "status.json")
+    if status.get("state") == "finished" and (place / "final").is_dir():
+        return place, None
+    checkpoint = newest(place, _trusts(place))
+    if checkpoint is None:
         state = status.get("state", "not begun")
-        raise ConfigError(f"{run}: the run is {state}; finish it with the command that started it, then export")
-    return final
+        remedy = "finish it with the command that started it, then export"
+        raise ConfigError(f"{place}: the run is {state} and has no checkpoint; {remedy}")
+    return place, checkpoint
+
+
+def _trusts(run: Path) -> bool:
+    return config_of(run).checkpoint.trust
+
+
+def _final(run: Path, config: Config) -> Trained:
+    step = read_object(run / "status.json").get("step", 0)
+    name, evaluation = "the run's final model", "the run's last evaluation"
+    return Trained(run / "final", step, name, evaluation, lambda: load_plain(config, run / "final"))
 
 
 def _write(aside: Path, config: Config, final: Path, form: Form, dtype: str | None, max_shard_size: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -14,9 +14,11 @@ from dpo.parity import Parity
 from dpo.report.collect import collect
 
 
-def model_card(run: Path, directory: Path, config: Config, form: Literal["adapter", "model"], parity: Parity) -> str:
-    """README.md with the metadata that the hub reads."""
-    found = collect(run, in_detail=False)
+def model_card(
+    run: Path, directory: Path, config: Config, form: Literal["adapter", "model"], parity: Parity, step: int
+) -> str:
+    """README.md with the metadata that the hub reads, of the weights after so many steps."""
+    found = collect(run, in_detail=False, until=step)
     head = {
         "base_model": config.model.path,
         "library_name": "peft" if form == "adapter" else "transformers",
@@ -41,7 +43,7 @@ def model_card(run: Path, directory: Path, config: Config, form: Literal["adapte
 
 ## Measured
 
-{_table(found)}
+{_table(found, step)}
 
 {_caution(found)}
 Loaded in plain {"peft" if form == "adapter" else "transformers"}, its {parity.told()}.
@@ -58,12 +60,13 @@ Repository commit `{found["reproduce"]["commit"]}`; command `{found["reproduce"]
 """
 
 
-def _table(found: dict[str, object]) -> str:
+def _table(found: dict[str, Any], step: int) -> str:
     """Before and after of each evaluation set."""
-    sets = found["before_after"].get("sets")  # type: ignore[attr-defined]
+    sets = found["before_after"].get("sets")
     if not sets:
-        return "Nothing: the run had no held-out pairs."
-    lines = []
+        return "Nothing: there was no evaluation."
+    measured = found["before_after"]["step"]
+    lines = [] if measured == step else [f"These weights are of step {step}; the evaluation is of step {measured}.", ""]
     for name, one in sets.items():
         title = f"{one['pairs']} held-out pairs" + (f" of {name}" if name else "")
         lines += [f"| {title} | before | after |", "|---|---|---|"]

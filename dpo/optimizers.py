@@ -49,6 +49,10 @@ def fill_state(optimizer: Any) -> None:
                 optimizer.init_state(group, parameter, number, index)
 
 
+SCALES = ".absmax"
+"""What the name of bitsandbytes' scales of a parameter's moments ends in."""
+
+
 def state_slices(
     optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, local: Callable[[Tensor], Tensor], start: int
 ) -> Iterator[Slice]:
@@ -64,7 +68,7 @@ def state_slices(
         yield Slice(name, tuple(parameter.shape), start, tensors)
     if "absmax1" in state:
         shape = tuple(state["absmax1"].shape)
-        yield Slice(f"{name}.absmax", shape, 0, {"weight": state["absmax1"], "second": state["absmax2"]})
+        yield Slice(f"{name}{SCALES}", shape, 0, {"weight": state["absmax1"], "second": state["absmax2"]})
 
 
 def restore_step(optimizer: torch.optim.Optimizer, parameter: Tensor, step: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -55,9 +55,27 @@ class Parity:
         )
 
 
-def check_parity(run: Path, config: Config, final: Path, export: Path, num_pairs: int) -> Parity:
-    """Score some pairs with the export and hold them against the run's last evaluation; without one that can be read,
-    against its final model, scored likewise.
+@dataclass(frozen=True)
+class Trained:
+    """What is exported.
+
+    Attributes:
+        folder: like a run's `final/`.
+        step: after how many steps.
+        name, evaluation: of it and of its evaluation, for people.
+        model: makes one that scores as the run did.
+    """
+
+    folder: Path
+    step: int
+    name: str
+    evaluation: str
+    model: Callable[[], nn.Module]
+
+
+def check_parity(run: Path, config: Config, trained: Trained, export: Path, num_pairs: int) -> Parity:
+    """Score some pairs with the export and hold them against the run's evaluation at that step; without one that can be
+    read, against what was trained, scored likewise.
 
     Raises:
         DataError: none of the run's pairs can be read any more.
@@ -67,20 +85,20 @@ def check_parity(run: Path, config: Config, final: Path, export: Path, num_pairs
     source = Pretrained.open(config.model.path, trust_remote_code=config.model.trust_remote_code)
     tokenizer = PairTokenizer(AutoTokenizer.from_pretrained(export), max_length(config, source))
     recorded, shards = read_rows(run / PAIRS_FILE), Shards(config)
-    if recorded and isinstance(shards.held_out, ShardSet):
+    if recorded and isinstance(shards.held_out, ShardSet) and recorded[0]["after"]["step"] == trained.step:
         wanted = {row["where"]: row["after"] for row in _spread(recorded, num_pairs)}
         pairs = _tokenized(shards.held_out, tokenizer, wanted)
         if pairs:
             gaps = [_gap(model, pair, wanted[pair.where]) for pair in pairs]
-            return Parity("the run's last evaluation", len(pairs), max(gaps), tolerance)
+            return Parity(trained.evaluation, len(pairs), max(gaps), tolerance)
     train = shards.train
     if isinstance(train, str):
         raise DataError(f"no pair can be read to check with: {train}")
     wanted = {train.where(index): None for index in _spread(range(len(train)), num_pairs)}
     pairs = _tokenized(train, tokenizer, wanted)
-    trained = load_plain(config, final)
-    gaps = [_gap(model, pair, _scores(trained, pair)) for pair in pairs]
-    return Parity("the run's final model", len(pairs), max(gaps), tolerance)
+    measure = trained.model()
+    gaps = [_gap(model, pair, _scores(measure, pair)) for pair in pairs]
+    return Parity(trained.name, len(pairs), max(gaps), tolerance)
 
 
 def load_plain(config: Config, folder: Path) -> nn.Module:

@@ -98,6 +98,7 @@ class SliceReader:
 
     Attributes:
         step: () optimizer steps taken.
+        shapes: of all whole parameters, by name.
     """
 
     step: Tensor
@@ -109,7 +110,7 @@ class SliceReader:
             CheckpointError: there are none.
         """
         self._directory = directory
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, list[_Stored]] = {}
         for file in (directory / name for name in sorted(names) if name.startswith("training-")):
             with safe_open(file, framework="pt") as opened:
@@ -117,7 +118,7 @@ class SliceReader:
                 for name, text in opened.metadata().items():
                     place = json.loads(text)
                     (num_elements,) = opened.get_slice(f"weight.{name}").get_shape()
-                    self._shapes[name] = tuple(place["shape"])
+                    self.shapes[name] = tuple(place["shape"])
                     self._stored.setdefault(name, []).append(_Stored(place["start"], num_elements, file))
         if not self._stored:
             raise CheckpointError(f"{directory}: holds no training-*.safetensors: written by an older version")
@@ -128,8 +129,8 @@ class SliceReader:
         Raises:
             CheckpointError: a name or a shape is not the model's.
         """
-        for name in sorted(shapes.keys() | self._shapes.keys()):
-            ours, theirs = shapes.get(name), self._shapes.get(name)
+        for name in sorted(shapes.keys() | self.shapes.keys()):
+            ours, theirs = shapes.get(name), self.shapes.get(name)
             if ours is None or theirs is None or tuple(ours) != theirs:
                 raise CheckpointError(
                     f"{self._directory}: {name} is {_described(theirs)} there and {_described(ours)} in the model: keep"

@@ -55,18 +55,21 @@ def _record(directory: Path) -> dict[str, Any]:
     return load_record(str(path))
 
 
-def collect(directory: Path, shards: Shards | None = None, *, in_detail: bool = True) -> dict[str, Any]:
+def collect(
+    directory: Path, shards: Shards | None = None, *, in_detail: bool = True, until: int | None = None
+) -> dict[str, Any]:
     """All that the page shows of a run.
 
     Args:
         shards: those of the run, where they are open already.
         in_detail: with pairs, data and the config; a comparison shows none of these.
+        until: leave out what was measured after this step.
 
     Raises:
         ConfigError: the folder is no run directory, or what it holds is not what a run writes.
     """
     config, record = config_of(directory), _record(directory).get("record") or {}
-    rows = _rows(directory / "metrics.jsonl")
+    rows = [row for row in _rows(directory / "metrics.jsonl") if until is None or row["step"] <= until]
     training = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
     status, summary = read_object(directory / "status.json"), read_object(directory / "summary.json")

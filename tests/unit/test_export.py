@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import train_dpo
+from data_utils.shards import ShardSet
+from data_utils.tokenize import PairTokenizer
 from dpo import evaluate, export
 from dpo.files import read_rows
 from tests.tiny import tiny_model, tiny_pairs
@@ -36,10 +39,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--log.tensorboard": "false",
     }
     lora = {"--lora.r": "4", "--optim.learning_rate": "1e-2"}
+    constant = {"--optim.scheduler": "constant"}
+    stopped = constant | {"--train.epochs": "3", "--train.stop_after_steps": "2"}
     for name, flags, code in (
         ("lora", lora, 0),
         ("full", {"--optim.learning_rate": "1e-3"}, 0),
         ("begun", lora | {"--train.stop_after_steps": "1"}, 75),
+        ("stopped", lora | stopped | {"--eval.every_steps": "2"}, 75),
+        ("stopped-full", {"--optim.learning_rate": "1e-3"} | stopped, 75),
+        ("ended", lora | constant, 0),
+        ("ended-full", {"--optim.learning_rate": "1e-3"} | constant, 0),
     ):
         words = [word for item in (common | flags | {"--run.dir": f"{folder}/{name}"}).items() for word in item]
         assert train_dpo.main(words) == code
@@ -108,9 +117,51 @@ def test_without_an_evaluation_the_final_model_is_the_measure(folder: Path) -> N
     assert parity["against"] == "the run's final model" and parity["largest_gap"] == 0
 
 
+@pytest.mark.parametrize(
+    ("stopped", "ended", "weights", "against"),
+    [
+        ("stopped", "ended", "adapter_model.safetensors", "the run's evaluation at step 2"),
+        ("stopped-full", "ended-full", "model.safetensors", "the checkpoint of step 2"),
+    ],
+)
+def test_a_run_that_stopped_at_a_step_is_exported_as_one_that_ended_there(
+    folder: Path, stopped: str, ended: str, weights: str, against: str
+) -> None:
+    facts = folder / "facts.json"
+    assert export.main([f"{folder}/{stopped}", "--json", f"{facts}"]) == 0
+    found = json.loads(facts.read_text())
+    assert found["step"] == 2 and found["directory"].endswith("-step-2")
+    assert found["parity"]["against"] == against and found["parity"]["largest_gap"] < 1e-5
+    assert export.main([f"{folder}/{ended}", "--json", f"{facts}"]) == 0
+    exported, expected = Path(found["directory"]), Path(json.loads(facts.read_text())["directory"])
+    left, right = load_file(exported / weights), load_file(expected / weights)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert {path.name for path in exported.iterdir()} == {path.name for path in expected.iterdir()}
+    card = (exported / "README.md").read_text()
+    assert "stopped at step 2" in card
+    assert ("These weights are of step 2; the evaluation is of step 0" in card) == (stopped == "stopped-full")
+
+
+def test_a_checkpoint_is_exported_by_name_and_a_damaged_one_is_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = folder / "begun" / "checkpoints" / "step-00000001"
+    out = folder / "named"
+    assert export.main([f"{checkpoint}", "--form", "model", "--out", f"{out}"]) == 0
+    assert "model after step 1" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(out).config.model_type == "llama"
+    part = next(checkpoint.glob("training-*"))
+    part.write_bytes(part.read_bytes()[:-1])
+    for place in (checkpoint, folder / "begun"):
+        assert export.main([f"{place}", "--out", f"{folder}/damaged"]) == 3
+        assert "missing or damaged" in capsys.readouterr().err
+    assert checkpoint.is_dir() and not (folder / "damaged").exists() and not list(folder.glob(".damaged*"))
+
+
 def test_what_cannot_be_exported_is_said_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "begun", folder / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     for arguments, message in (
-        ([f"{folder}/begun"], "the run is stopped; finish it"),
+        ([f"{folder}/empty"], "the run is stopped and has no checkpoint; finish it"),
         ([f"{folder}/none"], "no config.yaml there"),
         ([f"{folder}/full", "--form", "adapter"], "not an adapter: drop --form adapter"),
     ):
@@ -137,6 +188,29 @@ def test_an_adapter_is_held_against_its_base_as_the_run_did(folder: Path) -> Non
     for one, other in zip(ours, theirs, strict=True):
         assert one["where"] == other["where"]
         assert one["after"]["rewards/margins"] == pytest.approx(other["after"]["rewards/margins"], abs=1e-4)
+
+
+def test_the_kl_of_a_run_is_the_one_of_plain_peft_in_float64(folder: Path) -> None:
+    """Over the whole vocabulary, at each scored position of each held-out response."""
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "lora" / "final").double()
+    shards = ShardSet.open([f"{folder}/eval.jsonl"])
+    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(folder / "model"), max_length=1024)
+    means: dict[str, list[float]] = {"chosen": [], "rejected": []}
+    for index in range(len(shards)):
+        pair = tokenize(shards.pair(index), index)
+        for side, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+            inputs = torch.tensor([pair.prompt_ids + ids])
+            with torch.no_grad():
+                log_p_TV = model(inputs).logits[0, len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
+                with model.disable_adapter():
+                    log_q_TV = model(inputs).logits[0, len(pair.prompt_ids) - 1 : -1].log_softmax(-1)
+            means[side].append((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean().item())
+    last, found = read_rows(folder / "lora" / "metrics.jsonl")[-1], evaluated(folder, "--model", f"{folder}/lora/final")
+    for side, values in means.items():
+        expected = math.fsum(values) / len(values)
+        assert expected > 1e-4
+        for row in (last, found):
+            assert row[f"eval_kl_per_token/{side}"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_model_alone_gets_likelihoods_and_against_another_rewards(folder: Path) -> None:

@@ -191,7 +191,7 @@ class PairTable {
     const start = texts[place] ? texts[place][0].slice(0, 110) : "";
     const open = () => this.toggle(node, place);
     const first = h("td", { class: "text" }, start ? text(start + (texts[place][0].length > 110 ? "…" : "")) : null,
-      h("div", { class: "quiet" }, h("code", {}, text(columns.where[place])), columns.source[place] ? [" ", text(columns.source[place])] : null));
+      h("div", { class: "quiet" }, h("code", { title: columns.where[place] }, text(columns.where[place].split("/").pop())), columns.source[place] ? [" ", text(columns.source[place])] : null));
     const cells = COLUMNS.map(([key, , kind]) =>
       h("td", { class: `n ${kind} ${key === "margin" && columns.margin[place] < 0 ? "wrong" : ""}` }, format(columns[key][place])));
     const node = h("tr", { class: "row", tabindex: "0", "aria-expanded": "false", onclick: open,
@@ -320,22 +320,22 @@ function comparison(runs) {
     });
     const heading = (name, place, kind) => h("th", { class: kind, "aria-sort": by === place ? (direction > 0 ? "ascending" : "descending") : null },
       h("button", { type: "button", onclick: () => { [by, direction] = [place, by === place ? -direction : 1]; draw(); } }, name + (by === place ? (direction > 0 ? " ↑" : " ↓") : "")));
-    node.replaceChildren(h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "run"), differing.map((key, place) => heading(key, -place - 1, "")),
-      measures.map(([, name], place) => heading(name, place, "n")), h("th", { class: "n" }, "steps"), h("th", { class: "n" }, "time"))),
+    node.replaceChildren(h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "run"), measures.map(([, name], place) => heading(name, place, "n")),
+      h("th", { class: "n" }, "steps"), h("th", { class: "n" }, "time"), differing.map((key, place) => heading(key, -place - 1, "")))),
     h("tbody", {}, order.map((place) => {
       const run = runs[place];
       const cells = measures.map(([key]) => h("td", { class: "n" }, show(key)(lastOf(run.evaluation[key]))));
       return h("tr", { onpointerenter: () => focus(place), onpointerleave: () => focus(null) },
         h("td", { class: "text" }, h("span", { class: `swatch r${place % 8}` }), text(run.name), run.status.state === "finished" ? null : h("span", { class: "quiet" }, ` ${run.status.state || "unknown"}`)),
-        differing.map((key) => h("td", {}, run.changed[key] === undefined ? h("span", { class: "quiet" }, "default") : text(run.changed[key]))),
-        cells, h("td", { class: "n" }, format(run.status.step)), h("td", { class: "n" }, run.seconds === null ? "–" : clock(run.seconds)));
+        cells, h("td", { class: "n" }, format(run.status.step)), h("td", { class: "n" }, run.seconds === null ? "–" : clock(run.seconds)),
+        differing.map((key) => h("td", {}, run.changed[key] === undefined ? h("span", { class: "quiet" }, "default") : text(run.changed[key]))));
     }))));
   };
   const focus = (place) => {
     for (const line of document.querySelectorAll("svg .line")) line.classList.toggle("faded", place !== null && !line.classList.contains(`n${place}`));
   };
   draw();
-  return section(`${runs.length} runs`, "Settings that differ, and the latest evaluation of each. Point at a run to see its curves alone.", node);
+  return section(`${runs.length} runs`, "The latest evaluation of each, and the settings that differ. Point at a run to see its curves alone.", node);
 }
 
 function comparedCurves(runs) {

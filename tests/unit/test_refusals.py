@@ -91,6 +91,10 @@ CASES = {
     ),
     "no_chat_template": (["--data.train", "{f}/messages.jsonl"], "{f}/messages.jsonl:1: "),
     "missing_reference": (["--reference.path", "{f}/nowhere"], "reference.path={f}/nowhere: "),
+    "other_vocabulary": (
+        ["--reference.path", "{f}/stateful", "--eval.kl", "true", "--data.eval", "{f}/pairs.jsonl"],
+        "eval.kl=true: {f}/stateful and {f}/model have other vocabularies: drop it",
+    ),
     "unknown_flag": (["--optim.lr", "1e-5"], "unknown flag '--optim.lr': did you mean "),
 }
 

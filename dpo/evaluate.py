@@ -64,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Score and print; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    command_line = parser()
+    arguments = command_line.parse_args(argv)
+    for path in (arguments.json, arguments.pairs):
+        if path is not None and not path.parent.is_dir():
+            command_line.error(f"{path}: there is no folder {path.parent}: make it first")
     from dpo.config import ConfigError
     from dpo.evaluate_model import Target, config_for
     from dpo.session import tool_session

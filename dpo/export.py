@@ -58,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = command_line.parse_args(argv)
     if arguments.check_pairs < 1:
         command_line.error(f"--check_pairs must be at least 1, not {arguments.check_pairs}")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        command_line.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}: make it first")
     if arguments.form == "adapter" and arguments.dtype is not None:
         command_line.error("--dtype does nothing with --form adapter, which stays in float32: drop it")
     from dpo.session import quiet

@@ -196,6 +196,8 @@ class Journal:
         self._log.metrics({"step": done, "epoch": done / self._plan.steps_per_epoch, **metrics})
         if self._world.is_main:
             self._log.eval_pairs(scores, map(held_out.where, scores.index.tolist()), done)
+        if 0 < done < self._plan.num_steps:
+            self._parts.terminal.evaluated(done, self._plan.num_steps, metrics)
         if warning := drift_warning(metrics):
             self._parts.terminal.say(f"warning: step {done}: {warning}")
         return metrics

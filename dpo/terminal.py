@@ -22,7 +22,7 @@ LABELS = {
     "eval_rewards/margins": "margin",
     "eval_drift/chosen": "drift of log p(chosen)",
     "eval_drift/rejected": "drift of log p(rejected)",
-    "eval_kl_per_token/chosen": "KL to reference, chosen",
+    "eval_kl_per_token/chosen": "KL per token, chosen",
 }
 Item = TypeVar("Item")
 
@@ -88,6 +88,13 @@ class Terminal:
         else:
             self.say(f"step {row['step']}/{num_steps}  {note}  ETA {duration(left_s)}")
 
+    def evaluated(self, step: int, num_steps: int, row: Mapping[str, float]) -> None:
+        """An evaluation on the way."""
+        self.say(
+            f"step {step}/{num_steps}  held out: loss {row['eval_loss']:.4f} margin {row['eval_rewards/margins']:.2f}"
+            f" acc {row['eval_rewards/accuracies']:.2f}"
+        )
+
     def stop(self) -> None:
         """End the progress display."""
         if self._progress is not None:
@@ -100,7 +107,7 @@ class Terminal:
         table.add_column()
         table.add_column(justify="right")
         for name, value in values.items():
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else _number(value))
         self.console.print(table)
 
     def progress(self, items: Sequence[Item], what: str, unit: str) -> Iterator[Item]:
@@ -120,7 +127,7 @@ class Terminal:
             table.add_column(heading, justify="left" if not heading else "right")
         for key, label in LABELS.items():
             if key in after:
-                table.add_row(label, f"{before[key]:.4f}" if key in before else "-", f"{after[key]:.4f}")
+                table.add_row(label, _number(before.get(key)), _number(after[key]))
         self.console.print(table)
 
     def shares(
@@ -155,6 +162,10 @@ class Terminal:
 def _printable(text: str) -> str:
     """The text without what would steer a terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def _percent(share: float | None) -> str:

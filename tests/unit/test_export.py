@@ -234,3 +234,8 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(folder: Path, capsys: pyte
     ):
         assert evaluate.main(arguments) == 2
         assert message in capsys.readouterr().err
+    for tool in (evaluate.main, export.main):
+        arguments = ["--model", "m", *data] if tool is evaluate.main else [f"{folder}/full"]
+        with pytest.raises(SystemExit):
+            tool([*arguments, "--json", f"{folder}/nowhere/x.json"])
+        assert f"there is no folder {folder}/nowhere" in capsys.readouterr().err

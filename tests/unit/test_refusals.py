@@ -32,6 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stateful.save_pretrained(folder / "stateful")
     tiny_tokenizer().save_pretrained(folder / "stateful")
     shutil.copytree(folder / "model", folder / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    wider = shutil.copytree(folder / "model", folder / "wider") / "config.json"
+    wider.write_text(json.dumps(json.loads(wider.read_text()) | {"vocab_size": 9999}))
     return folder
 
 
@@ -92,8 +94,8 @@ CASES = {
     "no_chat_template": (["--data.train", "{f}/messages.jsonl"], "{f}/messages.jsonl:1: "),
     "missing_reference": (["--reference.path", "{f}/nowhere"], "reference.path={f}/nowhere: "),
     "other_vocabulary": (
-        ["--reference.path", "{f}/stateful", "--eval.kl", "true", "--data.eval", "{f}/pairs.jsonl"],
-        "eval.kl=true: {f}/stateful and {f}/model have other vocabularies: drop it",
+        ["--reference.path", "{f}/wider", "--eval.kl", "true", "--data.eval", "{f}/pairs.jsonl"],
+        "eval.kl=true: {f}/wider and {f}/model have other vocabularies: drop it",
     ),
     "unknown_flag": (["--optim.lr", "1e-5"], "unknown flag '--optim.lr': did you mean "),
 }

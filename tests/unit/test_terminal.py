@@ -35,6 +35,20 @@ def test_logs_and_dumb_terminals_get_plain_lines_of_80_columns(
     assert len(line) <= 88  # an ETA of thousands of hours
 
 
+def test_evaluations_on_the_way_get_a_line_and_what_is_no_number_a_dash() -> None:
+    file = io.StringIO()
+    terminal = Terminal(is_main=True)
+    terminal.console = Console(file=file, width=80, highlight=False, soft_wrap=True)
+    row = {"eval_loss": 0.5, "eval_rewards/margins": 1.0, "eval_rewards/accuracies": 0.75, "eval_pairs": 4}
+    terminal.evaluated(3, 9, row)
+    terminal.before_after({}, row | {"eval_loss": float("nan")})
+    first, *table = file.getvalue().splitlines()
+    assert first == "step 3/9  held out: loss 0.5000 margin 1.00 acc 0.75"
+    loss, accuracy = (next(line.split() for line in table if name in line) for name in ("loss", "accuracy"))
+    assert loss[3] == loss[5] == "-" == accuracy[3] and accuracy[5] == "0.7500"
+    assert not any("KL" in line for line in table), "it was not measured"
+
+
 def test_a_terminal_of_80_columns_gets_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()

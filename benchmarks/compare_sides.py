@@ -173,7 +173,8 @@ def _trl_trainer(case: Case, side: Side, cls: Any, accumulation: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.dpo_config import DPOConfig
 
-    from dpo.policy import Pretrained, add_lora
+    from dpo.policy import add_lora
+    from dpo.pretrained import Pretrained
 
     rank = case.size.lora_rank
     adapter = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")

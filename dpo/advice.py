@@ -12,7 +12,7 @@ from dpo.ds_json import read_ds_json
 from dpo.engine import compute_dtype
 from dpo.estimate import Setup, memory
 from dpo.planner import GIB, counter, remedy, start_warning
-from dpo.policy import Pretrained
+from dpo.pretrained import Pretrained
 from dpo.propose import proposals
 from dpo.world import World
 

@@ -18,7 +18,8 @@ from dpo.checker import Checker, load_checker
 from dpo.config import Config
 from dpo.files import read_rows, write_atomically
 from dpo.generate import Answer, Decoding, answer
-from dpo.policy import Policy, can_pack, evaluating
+from dpo.policy import Policy, evaluating
+from dpo.pretrained import can_pack
 from dpo.terminal import Terminal
 from dpo.world import World
 

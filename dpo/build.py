@@ -25,7 +25,8 @@ from dpo.config import Config, ConfigError, DataSource
 from dpo.engine import Engine, Scorer
 from dpo.gates import FALLBACKS, GateError, kernel_error, require_kernel, require_scoring, scoring_gap
 from dpo.logps import Observer
-from dpo.policy import Policy, Pretrained, add_lora, can_pack, evaluating
+from dpo.policy import Policy, add_lora, evaluating
+from dpo.pretrained import Pretrained, can_pack
 from dpo.quantize import Coverage, QuantizedLinear
 from dpo.terminal import count
 from dpo.world import World

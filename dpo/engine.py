@@ -23,7 +23,8 @@ from dpo.logps import HeadStatistic, Observer
 from dpo.moving import MovingCopy, Part
 from dpo.optimizers import fill_state, make_optimizer, restore_step, state_slices
 from dpo.plan import Plan
-from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
+from dpo.policy import Policy, frozen_policy, trained_policy
+from dpo.pretrained import Pretrained
 from dpo.slices import Slice, SliceReader
 from dpo.world import World
 

@@ -21,7 +21,8 @@ from dpo.engine import Build, Scorer, StepResult, make_scorer, share_buffers
 from dpo.logps import HeadStatistic, Observer
 from dpo.moving import MovingCopy, Part
 from dpo.optimizers import fresh_moments, make_optimizer
-from dpo.policy import Policy, Pretrained, frozen_policy, full_shape, trained_policy
+from dpo.policy import Policy, frozen_policy, full_shape, trained_policy
+from dpo.pretrained import Pretrained
 from dpo.slices import Slice, SliceReader
 
 

@@ -21,7 +21,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dpo.engine import Build, Scorer, TorchEngine, make_scorer, share_buffers
 from dpo.moving import MovingCopy, Part
-from dpo.policy import Policy, Pretrained, frozen_policy, trained_policy
+from dpo.policy import Policy, frozen_policy, trained_policy
+from dpo.pretrained import Pretrained
 from dpo.slices import SliceReader
 from dpo.world import World
 

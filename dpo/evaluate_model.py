@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from data_utils.shards import ShardSet
     from dpo.evaluator import Evaluator
     from dpo.logps import HeadStatistic, Observer
-    from dpo.policy import Policy, Pretrained
+    from dpo.policy import Policy
+    from dpo.pretrained import Pretrained
     from dpo.reference import Reference
     from dpo.signals import StopRequest
     from dpo.world import World
@@ -202,7 +203,7 @@ def _evaluator(config: Config, target: Target, shards: ShardSet, world: World, s
     from dpo.engine import Engine, compute_dtype
     from dpo.evaluator import Evaluator, set_of, whole_set
     from dpo.objective import Objective
-    from dpo.policy import Pretrained
+    from dpo.pretrained import Pretrained
     from dpo.quantize import Quantization
     from dpo.steps import FILLER_ID, agree
 

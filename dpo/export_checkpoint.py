@@ -16,7 +16,8 @@ from dpo.engine import DTYPES
 from dpo.final import export
 from dpo.optimizers import SCALES
 from dpo.parity import Trained
-from dpo.policy import Policy, Pretrained, trained_policy
+from dpo.policy import Policy, trained_policy
+from dpo.pretrained import Pretrained
 from dpo.refusals import CheckpointError
 from dpo.shelf import MANIFEST, DamageError, Shelf
 from dpo.slices import Slice, SliceReader

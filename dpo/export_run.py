@@ -19,7 +19,7 @@ from dpo.export_checkpoint import config_and_state, is_checkpoint, newest, write
 from dpo.files import read_object
 from dpo.model_card import model_card
 from dpo.parity import Parity, Trained, check_parity, load_plain
-from dpo.policy import plain_base
+from dpo.pretrained import plain_base
 from dpo.report.collect import config_of
 
 Form = Literal["adapter", "model"]

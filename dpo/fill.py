@@ -33,7 +33,7 @@ from dpo.ds_json import read_ds_json
 from dpo.engine import Build, build_engine, compute_dtype
 from dpo.identity import making_facts
 from dpo.plan import make_plan
-from dpo.policy import Pretrained
+from dpo.pretrained import Pretrained
 from dpo.signals import StopRequest
 from dpo.steps import FILLER_ID, agree
 from dpo.stored import StoredReference, open_store

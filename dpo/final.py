@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config
 from dpo.engine import Engine
-from dpo.policy import Pretrained, add_lora
+from dpo.policy import add_lora
+from dpo.pretrained import Pretrained
 from dpo.quantize import dequantize
 from dpo.world import World
 

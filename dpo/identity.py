@@ -25,7 +25,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import ConfigError
-from dpo.policy import Pretrained
+from dpo.pretrained import Pretrained
 from dpo.store import read_json, write_json
 
 SCORING_VERSION = 1

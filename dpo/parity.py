@@ -18,7 +18,7 @@ from data_utils.tokenize import PairTokenizer
 from dpo.build import max_length
 from dpo.config import Config
 from dpo.files import read_rows
-from dpo.policy import Pretrained, plain_base
+from dpo.pretrained import Pretrained, plain_base
 from dpo.report.collect import Shards
 from dpo.scores import PAIRS_FILE
 

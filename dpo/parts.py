@@ -39,7 +39,8 @@ from dpo.identity import making_facts
 from dpo.metrics import host_peak_gib
 from dpo.objective import Objective
 from dpo.plan import make_plan
-from dpo.policy import Pretrained, Sizes
+from dpo.policy import Sizes
+from dpo.pretrained import Pretrained
 from dpo.reference import MovingReference, NoReference, Reference
 from dpo.runlog import RunLog
 from dpo.shelf import Shelf

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 
 from dpo.config import Config
 from dpo.estimate import Shapes, Weight
-from dpo.policy import Policy, Pretrained, Sizes, trained_policy
+from dpo.policy import Policy, Sizes, trained_policy
+from dpo.pretrained import Pretrained
 
 _COUNTED = "dpo_counted"
 

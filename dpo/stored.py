@@ -26,7 +26,7 @@ from dpo.engine import Scorer
 from dpo.gates import STEP0_TOLERANCE, GateError
 from dpo.identity import Facts, identity_of, reference_facts, weights_sha
 from dpo.logps import Observer
-from dpo.policy import Pretrained
+from dpo.pretrained import Pretrained
 from dpo.reference import Reference
 from dpo.steps import FILLER_ID, AgreedStep
 from dpo.store import Store, default_store, own_folder

@@ -20,7 +20,8 @@ from dpo import attention
 from dpo.engine import Engine
 from dpo.gates import SCORING_TOLERANCE, scoring_gap
 from dpo.logps import LogitTransform, mean_gap
-from dpo.policy import Policy, can_pack
+from dpo.policy import Policy
+from dpo.pretrained import can_pack
 from tests.numerics.kernels import REFERENCE
 from tests.numerics.tiny_models import (
     FAMILIES,

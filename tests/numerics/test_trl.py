@@ -20,7 +20,8 @@ from data_utils.schema import TokenizedPair
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo.config import LoraSection
-from dpo.policy import Policy, Pretrained, add_lora
+from dpo.policy import Policy, add_lora
+from dpo.pretrained import Pretrained
 from tests.tiny import tiny_model, tiny_pairs
 
 pytestmark = pytest.mark.slow

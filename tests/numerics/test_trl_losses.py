@@ -16,7 +16,8 @@ from data_utils.schema import PairBatch
 from dpo.config import LossSection
 from dpo.logps import sum_by_sequence, tail_weights
 from dpo.objective import Objective
-from dpo.policy import Policy, Pretrained
+from dpo.policy import Policy
+from dpo.pretrained import Pretrained
 from tests.numerics.test_trl import Lab, our_pairs
 from tests.numerics.tiny_models import perturbed, random_pairs
 

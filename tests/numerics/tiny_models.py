@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data_utils.schema import PairColumns, TokenizedPair
-from dpo.policy import Pretrained
+from dpo.pretrained import Pretrained
 
 VOCABULARY = 67
 WINDOW = 5

@@ -13,7 +13,8 @@ from benchmarks import plan_table
 from dpo.config import Config, parse_config
 from dpo.estimate import PARTS, Setup, Shapes, memory, network_bytes_per_step, step_flops
 from dpo.plan import main
-from dpo.policy import Pretrained, trained_policy
+from dpo.policy import trained_policy
+from dpo.pretrained import Pretrained
 from dpo.propose import proposals
 from dpo.shapes import count_shapes, saved_bytes_per_token
 from tests.tiny import tiny_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
-from dpo.policy import Pretrained
+from dpo.pretrained import Pretrained
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from dpo.build import describe_quantized
 from dpo.config import ConfigError, LoraSection, ModelSection, parse_config
 from dpo.gates import probe_batch
-from dpo.policy import Policy, Pretrained, Sizes, add_lora, evaluating, frozen_policy, trained_policy
+from dpo.policy import Policy, Sizes, add_lora, evaluating, frozen_policy, trained_policy
+from dpo.pretrained import Pretrained
 from dpo.quantize import Coverage, Quantization, QuantizedLinear, dequantize
 from tests.numerics import tiny_models
 from tests.tiny import tiny_model

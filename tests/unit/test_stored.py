@@ -25,7 +25,8 @@ from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo import identity, reference
 from dpo.engine import SingleEngine
-from dpo.policy import Pretrained, frozen_policy
+from dpo.policy import frozen_policy
+from dpo.pretrained import Pretrained
 from dpo.store import SUFFIX, Store
 from dpo.store_blocks import decode, encode, pair_key
 from tests.tiny import CHATML, CHATML_WITH_BOS, tiny_model, tiny_pairs, tiny_tokenizer

@@ -51,7 +51,7 @@ class Asked:
 
 
 class Answers:
-    """Answers held-out prompts greedily with one process's policy, grades them, and keeps them side by side in a file.
+    """Answers held-out prompts with one process's policy, grades them, and keeps them side by side in a file.
 
     Args:
         shards: the held-out set; `eval.num_prompts` rows spread over it are asked.
@@ -91,7 +91,10 @@ class Answers:
     # ---- answering
 
     def _all_graded(self, policy: Policy, when: str) -> list[Graded]:
-        decoding = Decoding(self._config.eval.max_new_tokens, control_ids(self._tokenizer))
+        settings, stop_ids = self._config.eval, control_ids(self._tokenizer)
+        decoding = Decoding(
+            settings.max_new_tokens, stop_ids, temperature=settings.temperature, seed=self._config.train.seed
+        )
         graded: dict[int, Graded] = {}
         with evaluating(policy), policy.own_attention():
             for batch in self._terminal.progress(self._batches(policy), f"answers {when} training", "batches"):

@@ -480,13 +480,15 @@ class EvalSection:
     """Measure the KL divergence from the reference at the positions of the held-out responses, which takes a forward
     of the reference at each evaluation; none: where the reference is the live model before training."""
     generate: bool = False
-    """Let the policy answer the held-out prompts greedily, before and after training; answers.jsonl in the run
+    """Let the policy answer the held-out prompts, before and after training; answers.jsonl in the run
     directory holds both. One process in this version."""
     checker: str | None = None
     """Function that grades an answer, as module:function or path/to/file.py:function: called with the pair and the
     answer, it returns a bool or a number from 0 to 1; summary.json has the means in all and by the rows' source."""
     max_new_tokens: int = 128
     """Longest answer in tokens; a longer one is cut."""
+    temperature: float = 0.0
+    """0: the likeliest answer; above: one sampled at this temperature, with train.seed before and after training."""
     num_prompts: int | None = None
     """Ask so many held-out prompts, spread over the set; none: all of them."""
 
@@ -494,10 +496,11 @@ class EvalSection:
         if self.every_steps is not None:
             at_least("eval.every_steps", self.every_steps, 1)
         at_least("eval.max_new_tokens", self.max_new_tokens, 1)
+        at_least("eval.temperature", self.temperature, 0)
         if self.num_prompts is not None:
             at_least("eval.num_prompts", self.num_prompts, 1)
         if not self.generate:
-            names = ("checker", "max_new_tokens", "num_prompts")
+            names = ("checker", "max_new_tokens", "temperature", "num_prompts")
             unchanged(self, "eval", names, "eval.generate=false", "--eval.generate true")
 
 

@@ -17,8 +17,8 @@ ANSWERS_BYTES = 700_000
 SIDES = ("before", "after")
 
 
-def answers(directory: Path) -> dict[str, Any] | None:
-    """What the page shows of a run's answers; None where there are none.
+def answers(directory: Path, temperature: float = 0.0) -> dict[str, Any] | None:
+    """What the page shows of a run's answers, which were chosen at a temperature; None where there are none.
 
     Grades are means: of all answers, and by the rows' source. A degenerate answer is empty, was cut, or repeats itself.
     """
@@ -34,7 +34,8 @@ def answers(directory: Path) -> dict[str, Any] | None:
         for row, text in zip(chosen, cut, strict=True)
         if text is not None
     ]
-    return {"count": len(rows), "rows": shown, "scores": [*_scores(rows), *_judged(directory)], "groups": _groups(rows)}
+    found = {"count": len(rows), "rows": shown, "temperature": temperature}
+    return found | {"scores": [*_scores(rows), *_judged(directory)], "groups": _groups(rows)}
 
 
 def _of(row: dict[str, Any], side: str, what: str) -> Any:

@@ -99,7 +99,7 @@ def _detail(directory: Path, config: Config, shards: Shards, record: Row) -> dic
     train = shards.train
     return {
         "pairs": pair_table(pairs, shards.held_out) if pairs else None,
-        "generations": answers(directory),
+        "generations": answers(directory, config.eval.temperature),
         "data": {"missing": train} if isinstance(train, str) else statistics(train),
         "config": to_yaml(config),
         "versions": record.get("versions") or {},

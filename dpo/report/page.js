@@ -244,7 +244,8 @@ function generations(run) {
   const first = found.rows.map(one);
   if (first.length) first[0].open = true;
   const shown = found.rows.length < found.count ? ` ${found.rows.length} of ${found.count} are listed.` : "";
-  return section("Answers side by side", "The likeliest answer to held-out prompts, before and after training." + shown, scores, h("div", { class: "answers" }, first));
+  const how = found.temperature ? `Answers to held-out prompts, sampled at temperature ${format(found.temperature)} with one seed,` : "The likeliest answer to held-out prompts,";
+  return section("Answers side by side", how + " before and after training." + shown, scores, h("div", { class: "answers" }, first));
 }
 
 /* ---- the rest */

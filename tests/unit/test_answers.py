@@ -72,6 +72,8 @@ BASE = ["--model.path", "m", "--data.train", "t.jsonl", "--run.dir", "r"]
     [
         (["--eval.generate", "true"], "eval.generate needs held-out prompts"),
         (["--eval.checker", "a:b"], "eval.checker does nothing with eval.generate=false"),
+        (["--eval.temperature", "1"], "eval.temperature does nothing with eval.generate=false"),
+        (["--eval.generate", "true", "--data.eval", "e.jsonl", "--eval.temperature", "-1"], "must be at least 0"),
         (["--eval.max_new_tokens", "9"], "eval.max_new_tokens does nothing with eval.generate=false"),
         (["--eval.generate", "true", "--data.eval", "e.jsonl", "--eval.num_prompts", "0"], "must be at least 1"),
     ],
@@ -111,6 +113,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def answers(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "answers.jsonl").read_text().splitlines()]
+
+
+def test_sampled_answers_follow_the_seed(run: Callable[..., Path]) -> None:
+    def said(name: str, *flags: str) -> list[str]:
+        return [row[side]["text"] for row in answers(run(name, *flags)) for side in ("before", "after")]
+
+    hot = ["--eval.temperature", "1", "--optim.learning_rate", "1e-9"]
+    once, again = said("once", *hot), said("again", *hot)
+    assert once == again and once[::2] == once[1::2], "one model, one seed: the same answers before and after"
+    assert said("other", *hot, "--train.seed", "7") != once != said("cold", *hot[2:])
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora.r", "4"]])

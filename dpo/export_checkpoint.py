@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 from dpo.checkpoint import TrainerState, read_state
 from dpo.config import Config, build
 from dpo.config_text import yaml_values
-from dpo.engine import DTYPES
+from dpo.engine import DTYPES, Engine
 from dpo.final import export
 from dpo.optimizers import SCALES
 from dpo.parity import Trained
@@ -82,7 +83,7 @@ def write_final(path: Path, config: Config, state: TrainerState, folder: Path) -
     loaded = _load(path, config, source, dtype)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     alone = World(0, 1, 0, torch.device("cpu"), None)
-    export(folder, loaded, source, tokenizer, config, dtype, alone)  # type: ignore[arg-type]
+    export(folder, cast(Engine, loaded), source, tokenizer, config, dtype, alone)
     name = f"the checkpoint of step {state.step}"
     return Trained(folder, state.step, name, f"the run's evaluation at step {state.step}", lambda: loaded.policy.model)
 

@@ -609,11 +609,13 @@ class Config:
         require(self.loss.needs_reference, f"eval.kl=true: loss.type={losses} has no reference: drop it")
         remedy = "set --reference.mode auto, or drop it"
         require(self.reference.mode != "stored", f"eval.kl=true: a stored reference has log-probs only: {remedy}")
+        moves = self.reference.sync_steps is not None
+        require(not moves, "eval.kl=true: reference.sync_steps moves the reference from the start: drop one of them")
 
     @property
     def measures_kl(self) -> bool:
         """Whether evaluations measure the divergence from the reference."""
-        is_live = self.loss.needs_reference and self.reference.mode != "stored"
+        is_live = self.loss.needs_reference and self.reference.mode != "stored" and self.reference.sync_steps is None
         return is_live and self.reference.path is None if self.eval.kl is None else self.eval.kl
 
     @property

@@ -222,6 +222,7 @@ def test_yaml_that_is_not_text_is_refused(tmp_path: Path) -> None:
         ("--batch.pairs_per_step 0", "batch.pairs_per_step must be at least 1, not 0"),
         ("--eval.kl true", "eval.kl needs held-out pairs: set --data.eval"),
         ("--eval.kl true --data.eval e --loss.type simpo", "eval.kl=true: loss.type=simpo has no reference: drop it"),
+        ("--eval.kl true --data.eval e --reference.sync_steps 9", "eval.kl=true: reference.sync_steps moves the ref"),
         ("--eval.kl true --data.eval e --reference.mode stored", "a stored reference has log-probs only: set --ref"),
         ("--lora.dropout 0.1", "lora.dropout does nothing with lora.r=0 (full fine-tuning): set --lora.r 16"),
         ("--lora.use_dora true", "lora.use_dora does nothing with lora.r=0"),

@@ -103,8 +103,10 @@ class Journal:
     def _where_reference(self) -> str:
         if not self._parts.config.loss.needs_reference:
             return "none, the loss needs no reference"
-        path, source = self._parts.config.reference.path, self._parts.config.reference_source
-        text = source + (f" of {path}" if path else "")
+        reference, source = self._parts.config.reference, self._parts.config.reference_source
+        text = source + (f" of {reference.path}" if reference.path else "")
+        if reference.sync_steps is not None:
+            text += f", every {reference.sync_steps} steps {reference.mixup_alpha:g} of the way to the policy"
         if isinstance(self._parts.reference, StoredReference):
             store = self._parts.reference.store
             return f"{len(store):,} stored pairs of {store.folder}; {text} for others"

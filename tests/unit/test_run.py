@@ -96,10 +96,13 @@ def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
     assert list((run / "tensorboard").iterdir()) and (run / "logs" / "rank-00000.log").is_file()
 
 
-def test_a_reference_that_takes_the_policys_place_after_each_step_leaves_every_step_at_ln_2(folder: Path) -> None:
+def test_a_reference_that_takes_the_policys_place_after_each_step_leaves_every_step_at_ln_2(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Evaluation is against the model before training all the same."""
     flags = ("--reference.sync_steps", "1", "--reference.mixup_alpha", "1", "--train.epochs", "2")
     rows = train(folder, "hard", *flags, "--eval.every_steps", "1")
+    assert "frozen_copy, every 1 steps 1 of the way to the policy" in capsys.readouterr().out
     training = [row for row in rows if "loss" in row]
     assert len(training) == 4
     assert [row["loss"] for row in training] == pytest.approx([math.log(2)] * 4, abs=1e-6)

@@ -65,6 +65,7 @@ class Target:
         Raises:
             ConfigError: an option would do nothing.
         """
+        _refuse_folders_of_runs(Path(model))
         adapter = read_object(Path(model) / "adapter_config.json")
         base = adapter.get("base_model_name_or_path") if adapter else model
         if not base:
@@ -89,6 +90,16 @@ class Target:
             quantization=section.quantization,
             double_quantization=section.double_quantization,
             note="" if section.quantization == "none" else note,
+        )
+
+
+def _refuse_folders_of_runs(model: Path) -> None:
+    """Say which folder of a run is its model. Raises ConfigError."""
+    if (model / "trainer.json").is_file():
+        raise ConfigError(f"--model {model}: a checkpoint; python -m dpo.export {model} makes a model of it")
+    if (model / "metrics.jsonl").is_file() and not (model / "config.json").is_file():
+        raise ConfigError(
+            f"--model {model}: a run directory; give {model}/final, or python -m dpo.export makes a model of it"
         )
 
 

@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of a model's files (default 5GB)")
     parser.add_argument("--check_pairs", type=int, default=16, metavar="N", help="pairs to check with (default 16)")
     parser.add_argument(
+        "--trust", action="store_true", help="use a checkpoint of another user, or one that others may write to"
+    )
+    parser.add_argument(
         "--json", metavar="FILE", type=Path, help="what was exported and how it was checked, for programs"
     )
     return parser
@@ -77,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=arguments.dtype,
             max_shard_size=arguments.max_shard_size,
             check_pairs=arguments.check_pairs,
+            trust=arguments.trust,
         )
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(done.facts(), indent=1) + "\n", encoding="utf-8")

@@ -24,6 +24,9 @@ from dpo.shelf import MANIFEST, DamageError, Shelf
 from dpo.slices import Slice, SliceReader
 from dpo.world import World
 
+TRUSTING = "--trust"
+"""The flag for checkpoints of others."""
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -48,7 +51,7 @@ def newest(run: Path, trust: bool) -> Path | None:
     Raises:
         CheckpointError: all are damaged, or one is not trusted.
     """
-    shelf, problems = Shelf(run / "checkpoints", trust), []
+    shelf, problems = Shelf(run / "checkpoints", trust, TRUSTING), []
     for path in reversed(shelf.listed()):
         try:
             shelf.verify(path)
@@ -67,7 +70,7 @@ def config_and_state(path: Path, trust: bool) -> tuple[Config, TrainerState]:
     Raises:
         CheckpointError: it is damaged, not trusted, or of another version.
     """
-    Shelf(path.parent, trust).verify(path)
+    Shelf(path.parent, trust, TRUSTING).verify(path)
     state = read_state(path, (path / "trainer.json").read_text(errors="replace"))
     return build(yaml_values(dict(state.config), str(path / "trainer.json"))), state
 

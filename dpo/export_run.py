@@ -51,7 +51,14 @@ class Exported:
 
 
 def export_run(
-    place: Path, out: Path | None, *, form: Form | None, dtype: str | None, max_shard_size: str, check_pairs: int
+    place: Path,
+    out: Path | None,
+    *,
+    form: Form | None,
+    dtype: str | None,
+    max_shard_size: str,
+    check_pairs: int,
+    trust: bool = False,
 ) -> Exported:
     """Export a run's final model, or a checkpoint; the directory appears only once it was checked.
 
@@ -61,6 +68,7 @@ def export_run(
         form: None: what was trained.
         dtype: of a model's weights; None: as the run left them (an adapter is merged in fp32, and then has the dtype of
             its base).
+        trust: use a checkpoint of another user, or one that others may write to.
 
     Raises:
         ConfigError: there is nothing to export, or it cannot be exported so.
@@ -68,8 +76,10 @@ def export_run(
         ParityError: what was written does not score as the run did.
     """
     transformers.utils.logging.disable_progress_bar()
-    run, checkpoint = _found(place)
-    config, state = (config_of(run), None) if checkpoint is None else config_and_state(checkpoint, _trusts(run))
+    run, checkpoint = _found(place, trust)
+    if trust and checkpoint is None:
+        raise ConfigError(f"--trust is for checkpoints, but the run has finished: {run}/final is exported; drop it")
+    config, state = (config_of(run), None) if checkpoint is None else config_and_state(checkpoint, trust)
     is_adapter = config.lora.r > 0 and not config.export.merge_lora
     if form == "adapter" and not is_adapter:
         raise ConfigError(f"{place} holds a whole model, not an adapter: drop --form adapter")
@@ -102,7 +112,7 @@ def export_run(
     return Exported(str(directory), trained.step, form, names, sizes, parity)
 
 
-def _found(place: Path) -> tuple[Path, Path | None]:
+def _found(place: Path, trust: bool) -> tuple[Path, Path | None]:
     """The run directory, and the checkpoint to export where it is not the final model."""
     if is_checkpoint(place):
         return place.resolve().parent.parent, place
@@ -110,16 +120,12 @@ def _found(place: Path) -> tuple[Path, Path | None]:
     status = read_object(place / "status.json")
     if status.get("state") == "finished" and (place / "final").is_dir():
         return place, None
-    checkpoint = newest(place, _trusts(place))
+    checkpoint = newest(place, trust)
     if checkpoint is None:
         state = status.get("state", "not begun")
         remedy = "finish it with the command that started it, then export"
         raise ConfigError(f"{place}: the run is {state} and has no checkpoint; {remedy}")
     return place, checkpoint
-
-
-def _trusts(run: Path) -> bool:
-    return config_of(run).checkpoint.trust
 
 
 def _final(run: Path, config: Config) -> Trained:

@@ -246,6 +246,7 @@ class Journal:
                     "accuracy_length_controlled", "eval_rewards/accuracies_length_controlled", before, after
                 ),
                 **_before_after("chosen_drift", "eval_drift/chosen", before, after),
+                **_before_after("chosen_kl_per_token", "eval_kl_per_token/chosen", before, after),
                 **answers,
                 "steps": self._plan.num_steps,
                 "pairs": self.totals.pairs_seen,

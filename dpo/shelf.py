@@ -35,11 +35,12 @@ class Shelf:
     Attributes:
         root: the folder; it need not exist yet.
         trust: use checkpoints of other users, and such as others may write to.
+        trusting: the flag that does so, for messages.
         warnings: what people should know, since they were last read.
     """
 
-    def __init__(self, root: Path, trust: bool = False) -> None:
-        self.root, self.trust = root, trust
+    def __init__(self, root: Path, trust: bool = False, trusting: str = "--checkpoint.trust true") -> None:
+        self.root, self.trust, self.trusting = root, trust, trusting
         self.warnings: list[str] = []
         self._sound: set[Path] = set()
 
@@ -85,7 +86,7 @@ class Shelf:
             CheckpointError: it belongs to another user, or others may write to it.
         """
         if not self.trust:
-            _require_own(path)
+            _require_own(path, self.trusting)
         manifest = _read_manifest(path)
         for name, sealed, found in zip(manifest["files"], *_seals(path, manifest["files"]), strict=True):
             if sealed != found:
@@ -235,7 +236,7 @@ def _seals(path: Path, files: dict[str, Sealed]) -> tuple[list[Sealed], list[Sea
         return list(files.values()), list(pool.map(found, files))
 
 
-def _require_own(path: Path) -> None:
+def _require_own(path: Path, trusting: str) -> None:
     """Refuse what another user has written, or could have: nothing of it was read yet.
 
     Raises:
@@ -245,12 +246,11 @@ def _require_own(path: Path) -> None:
         status = place.lstat()
         if status.st_uid != os.geteuid():
             raise CheckpointError(
-                f"{place}: belongs to user {status.st_uid}, not to you: --checkpoint.trust true takes it all the same"
+                f"{place}: belongs to user {status.st_uid}, not to you: {trusting} takes it all the same"
             )
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
             raise CheckpointError(
-                f"{place}: others may write to it: chmod -R go-w {path} if you know that none has, or"
-                " --checkpoint.trust true"
+                f"{place}: others may write to it: chmod -R go-w {path} if you know that none has, or {trusting}"
             )
 
 

@@ -116,4 +116,6 @@ def _scores(num_pairs: int, moved: float) -> Scores:
         chosen_reward=chosen_reward,
         rejected_reward=rejected_reward,
         loss=np.log1p(np.exp(rejected_reward - chosen_reward)),
+        chosen_kl=0.02 * moved * tokens[1],
+        rejected_kl=0.03 * moved * tokens[2],
     )

@@ -150,6 +150,11 @@ def test_a_checkpoint_is_exported_by_name_and_a_damaged_one_is_not(
     assert export.main([f"{checkpoint}", "--form", "model", "--out", f"{out}"]) == 0
     assert "model after step 1" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(out).config.model_type == "llama"
+    checkpoint.chmod(0o777)
+    assert export.main([f"{checkpoint}", "--out", f"{folder}/others"]) == 3
+    assert "others may write to it: chmod -R go-w" in (error := capsys.readouterr().err) and "or --trust" in error
+    assert export.main([f"{checkpoint}", "--out", f"{folder}/others", "--trust"]) == 0
+    checkpoint.chmod(0o700)
     part = next(checkpoint.glob("training-*"))
     part.write_bytes(part.read_bytes()[:-1])
     for place in (checkpoint, folder / "begun"):
@@ -163,6 +168,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(folder: Path, capsys: pytes
     for arguments, message in (
         ([f"{folder}/empty"], "the run is stopped and has no checkpoint; finish it"),
         ([f"{folder}/none"], "no config.yaml there"),
+        ([f"{folder}/lora", "--trust"], "--trust is for checkpoints"),
         ([f"{folder}/full", "--form", "adapter"], "not an adapter: drop --form adapter"),
     ):
         assert export.main(arguments) == 2
@@ -229,6 +235,8 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(folder: Path, capsys: pyte
     for arguments, message in (
         (["--model", f"{folder}/model", "--beta", "1", *data], "--beta scales rewards, which need a reference"),
         (["--model", f"{folder}/none", *data], "no config.json there"),
+        (["--model", f"{folder}/lora", *data], f"a run directory; give {folder}/lora/final"),
+        (["--model", f"{folder}/stopped/checkpoints/step-00000002", *data], "a checkpoint; python -m dpo.export"),
         (["--model", f"{folder}/model", "--data", f"{folder}/none.jsonl"], "none.jsonl"),
         (["--model", f"{folder}/model", "--reference", f"{folder}/nil", *data], "--reference="),
     ):

@@ -253,6 +253,8 @@ def test_several_runs_are_compared_and_sorted(tmp_path: Path, browser: Browser) 
     browser.errors.clear()
     browser.open(tmp_path / "sweep.html", 400, dark=True)
     assert browser.run("document.documentElement.scrollWidth") <= 400
+    heads = browser.run("[...document.querySelectorAll('th')].map((node) => node.textContent)")
+    assert heads[1].startswith("Held-out loss") and heads[5].startswith("KL to the reference"), "results come first"
     browser.run("[...document.querySelectorAll('th button')].find((node) => node.textContent === 'loss.beta').click()")
     names = browser.run("[...document.querySelectorAll('tbody tr')].map((row) => row.children[0].textContent)")
     assert names == ["beta-0.1", "beta-0.2", "beta-0.3"]

@@ -11,6 +11,7 @@ from dpo.config import Config, ConfigError
 from dpo.ds_json import read_ds_json
 from dpo.engine import compute_dtype
 from dpo.estimate import Setup, memory
+from dpo.nvme import host_memory_bytes
 from dpo.planner import GIB, counter, remedy, start_warning
 from dpo.pretrained import Pretrained
 from dpo.propose import proposals
@@ -43,7 +44,7 @@ def _limit(world: World) -> float:
     if world.device.type == "cuda":
         return float(torch.cuda.get_device_properties(world.device).total_memory)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
+    return host_memory_bytes() / ranks_here
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -160,6 +160,14 @@ def _check_options(build: Build) -> None:
         if train.activation_offload and not train.gradient_checkpointing:
             remedy = "set --train.gradient_checkpointing true, or drop it"
             raise ConfigError(f"train.activation_offload alone {because}: {remedy}")
+    if build.config.optim.name == "cpu_adamw":
+        assert build.ds_json is not None, "choose_engine refuses other engines"
+        offload = build.ds_json["zero_optimization"].get("offload_optimizer") or {}
+        if offload.get("device") != "cpu":
+            raise ConfigError(
+                "optim.name=cpu_adamw updates in main memory, but parallel.ds_config leaves the optimizer on the"
+                " device: set --parallel.ds_config ds_configs/zero3_offload.json, or --optim.name adamw"
+            )
     if train.compile:
         require_compiler(build.world.device)
 

@@ -20,7 +20,8 @@ from dpo.ds_json import complete_ds_json
 from dpo.engine import Build, Scorer, StepResult, make_scorer, share_buffers
 from dpo.logps import HeadStatistic, Observer
 from dpo.moving import MovingCopy, Part
-from dpo.optimizers import fresh_moments, make_optimizer
+from dpo.nvme import largest_share, with_buffers
+from dpo.optimizers import fresh_moments, make_optimizer, restore_step
 from dpo.policy import Policy, frozen_policy, full_shape, trained_policy
 from dpo.pretrained import Pretrained
 from dpo.slices import Slice, SliceReader
@@ -35,6 +36,23 @@ def _join(build: Build) -> None:
     deepspeed.init_distributed(dist_init_required=False)
 
 
+def _with_buffers(build: Build) -> dict[str, Any]:
+    """The DeepSpeed JSON; where weights lie on a disk, with buffers that hold this model's.
+
+    Raises:
+        ConfigError: buffers that the file asks for do not fit model or machine.
+    """
+    assert build.ds_json is not None
+    zero, world = build.ds_json["zero_optimization"], build.world
+    if (zero.get("offload_param") or {}).get("device") != "nvme":
+        return build.ds_json
+    policy = trained_policy(build.source, build.config, build.layout, build.dtype, empty=True)
+    share = largest_share(max(parameter.numel() for parameter in policy.parameters()), world.size)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    zero = with_buffers(zero, share, dtype_bytes=build.dtype.itemsize, ranks_here=ranks_here)
+    return build.ds_json | {"zero_optimization": zero}
+
+
 class DeepSpeedEngine:
     """The policy under a DeepSpeed engine; see `dpo.engine.Engine` for the verbs."""
 
@@ -43,7 +61,7 @@ class DeepSpeedEngine:
         _join(build)
         self.world, self.dtype, self.compiles = build.world, build.dtype, build.config.train.compile
         self.settings = complete_ds_json(
-            build.ds_json,
+            _with_buffers(build),
             dtype="bfloat16" if build.dtype == torch.bfloat16 else "float32",
             world_size=build.world.size,
             max_grad_norm=build.config.optim.max_grad_norm,
@@ -67,6 +85,8 @@ class DeepSpeedEngine:
         self.moving: MovingCopy | None = None
         for partition in self._partitions():
             self.zero.optimizer.state[partition] = fresh_moments(partition)
+            if build.config.optim.name == "cpu_adamw":  # counts in Python
+                self._moments(partition)["step"] = 0
 
     def forward(
         self,
@@ -153,7 +173,7 @@ class DeepSpeedEngine:
     @property
     def num_updates(self) -> Tensor:
         """See `Engine`."""
-        return self._moments(self._partitions()[0])["step"]
+        return torch.as_tensor(self._moments(self._partitions()[0])["step"], dtype=torch.float32)
 
     def load(self, reader: SliceReader) -> None:
         """See `Engine`."""
@@ -163,7 +183,7 @@ class DeepSpeedEngine:
         for piece in self.slices():
             reader.read(piece)
         for partition in self._partitions():
-            self._moments(partition)["step"].copy_(reader.step)
+            restore_step(self.zero.optimizer, partition, reader.step)
         self._refresh()
         if self.moving is not None:
             self.moving.refresh(self._slices())

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dpo.nvme import largest_share, pinned_bytes
 from dpo.plan import Engine, choose_engine
 from dpo.sections import Config
 
@@ -105,10 +106,16 @@ class Setup:
         return Setup(config, engine, world_size, shard_size, dtype_bytes, zero["stage"] if zero else 0, zero)
 
     def offloads(self, what: str) -> bool:
-        """Whether "param" or "optimizer" state lies on the host."""
+        """Whether "param" or "optimizer" state lies on the host, or on its disk."""
         if self.engine == "fsdp2":
             return self.config.parallel.offload
         return bool(self.zero and (self.zero.get(f"offload_{what}") or {}).get("device", "none") != "none")
+
+    @property
+    def on_disk(self) -> dict[str, Any] | None:
+        """The `offload_param` of weights that lie on a disk; None where they do not."""
+        offload = (self.zero or {}).get("offload_param") or {}
+        return offload if offload.get("device") == "nvme" else None
 
 
 def memory(setup: Setup, shapes: Shapes) -> tuple[dict[str, float], dict[str, float]]:
@@ -116,10 +123,15 @@ def memory(setup: Setup, shapes: Shapes) -> tuple[dict[str, float], dict[str, fl
     held = {"single": _single, "fsdp2": _fsdp2, "deepspeed": _deepspeed}[setup.engine](setup, shapes)
     held["reference"] = _reference(setup, shapes)
     host = dict.fromkeys(held, 0.0)
-    moved = {"optimizer": ("optimizer", "gradients"), "param": ("weights",)}
+    moved = {"optimizer": ("optimizer", "gradients", "masters"), "param": ("weights",)}
     for what, parts in moved.items():
         for part in parts if setup.offloads(what) else ():
-            host[part], held[part] = held[part], 0.0
+            host[part], held[part] = held.get(part, 0.0), 0.0
+    if setup.on_disk is not None:
+        most = setup.on_disk.get("max_in_cpu", 1e9) * setup.dtype_bytes
+        host["weights"], host["buffers"] = min(host["weights"], most), _disk_buffers(setup, shapes)
+    for side in (held, host):
+        side["weights"] += side.pop("masters", 0.0)
     held["weights"] += shapes.buffer_bytes
     if setup.config.reference.offload:
         host["reference"], held["reference"] = held["reference"], 0.0
@@ -157,7 +169,7 @@ def _frozen_bytes(weights: Iterable[Weight]) -> float:
 
 
 def _optimizer_bytes(setup: Setup, num_trained: float) -> float:
-    return num_trained * (8.0 if setup.config.optim.name == "adamw" else 2.0 * (1 + 4 / 256))
+    return num_trained * (2.0 * (1 + 4 / 256) if "8bit" in setup.config.optim.name else 8.0)
 
 
 def _single(setup: Setup, shapes: Shapes) -> dict[str, float]:
@@ -212,12 +224,20 @@ def _deepspeed(setup: Setup, shapes: Shapes) -> dict[str, float]:
     else:
         weights = whole
     return {
-        "weights": weights + 4.0 * num_trained / ranks,
+        "weights": weights,
+        "masters": 4.0 * num_trained / ranks,
         # Stage 1 keeps a micro-step's gradients in the compute dtype beside their sum in fp32.
         "gradients": num_trained * (4.0 / ranks if setup.stage > 1 else 4 + b * (b < 4)),
         "optimizer": _optimizer_bytes(setup, num_trained / ranks),
         "buffers": buffers,
     }
+
+
+def _disk_buffers(setup: Setup, shapes: Shapes) -> float:
+    """Page-locked buffers of one rank, through which weights on a disk pass."""
+    assert setup.on_disk is not None
+    largest = max(weight.numel for weight in shapes.weights)
+    return float(pinned_bytes(setup.on_disk, largest_share(largest, setup.world_size), setup.dtype_bytes))
 
 
 def _reference(setup: Setup, shapes: Shapes) -> float:

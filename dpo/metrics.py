@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import time
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from data_utils.schema import PairBatch
 from dpo.estimate import train_flops
 from dpo.loss import pair_metrics
 from dpo.loss_terms import PairLogps
+from dpo.nvme import host_memory_bytes
 from dpo.policy import Sizes
 from dpo.scores import PAIR_KEYS
 from dpo.world import World
@@ -82,7 +82,7 @@ def memory_use(world: World) -> str:
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory / 2**30
         return f"{used:.1f} of {total:.1f} GiB of each GPU, before the first step"
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    total = host_memory_bytes() / 2**30
     return f"{used:.1f} of {total:.1f} GiB by each rank, before the first step"
 
 

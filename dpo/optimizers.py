@@ -1,4 +1,5 @@
-"""AdamW: torch's fused one, or bitsandbytes' with moments in 8 bits (arXiv 2110.02861) for plain tensors.
+"""AdamW: torch's fused one, bitsandbytes' with moments in 8 bits (arXiv 2110.02861) for plain tensors, or DeepSpeed's
+for moments that lie in main memory, which is the same arithmetic in vector instructions.
 
 8 bits: blocks of 256 values share a scale; tensors below 4,096 elements keep fp32 moments. Their trajectory is another
 one than AdamW's, by the rounding of the moments.
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.config import OptimSection
+from dpo.config import ConfigError, OptimSection
 from dpo.policy import full_shape
 from dpo.slices import Slice
 
@@ -27,10 +28,30 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimSection) 
     betas = (optim.adam_beta1, optim.adam_beta2)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.adam_epsilon, fused=True)
+    if optim.name == "cpu_adamw":
+        return _cpu_adamw(groups, lr=optim.learning_rate, betas=betas, eps=optim.adam_epsilon)
     import bitsandbytes.optim
 
     kind = bitsandbytes.optim.AdamW8bit if optim.name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
     return kind(groups, lr=optim.learning_rate, betas=betas, eps=optim.adam_epsilon)
+
+
+def _cpu_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's, whose operator is compiled at its first use.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    except RuntimeError as error:
+        cause = str(error.__cause__ or error).strip().split("\n")[0]
+        raise ConfigError(
+            f"optim.name=cpu_adamw: DeepSpeed's operator cpu_adam cannot be compiled here ({cause}): install a C++"
+            " compiler, or set --optim.name adamw"
+        ) from error
 
 
 def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
@@ -72,7 +93,7 @@ def state_slices(
 
 
 def restore_step(optimizer: torch.optim.Optimizer, parameter: Tensor, step: Tensor) -> None:
-    """Give a parameter's state its count of updates back; bitsandbytes counts in Python."""
+    """Give a parameter's state its count of updates back; bitsandbytes and DeepSpeed count in Python."""
     state = optimizer.state[parameter]
     if isinstance(state["step"], Tensor):
         state["step"].copy_(step)

@@ -83,7 +83,10 @@ def choose_engine(config: Config, world_size: int) -> tuple[Engine, int]:
         ConfigError: one of them does not fit the number of processes.
     """
     engine = _choose_engine(config, world_size)
-    if config.optim.name != "adamw" and engine != "single":
+    if config.optim.name == "cpu_adamw":
+        if engine != "deepspeed":
+            raise ConfigError(f"optim.name=cpu_adamw is DeepSpeed's, not engine {engine}'s: set --optim.name adamw")
+    elif config.optim.name != "adamw" and engine != "single":
         raise ConfigError(
             f"optim.name={config.optim.name} keeps its moments for whole tensors, which engine {engine} cuts: set"
             " --optim.name adamw (offload is the other way to save its memory)"

@@ -23,7 +23,7 @@ from dpo.estimate import (
     network_bytes_per_step,
     step_flops,
 )
-from dpo.propose import Proposal, proposals
+from dpo.propose import Proposal, more_devices, proposals
 from dpo.refusals import require
 from dpo.sections import Config
 
@@ -83,7 +83,10 @@ def report(config: Config, machine: Machine) -> dict[str, Any]:
         "host_per_node": {"loading": host_load_bytes(setup, shapes), **{k: v * local for k, v in host.items()}},
         "checkpoint": checkpoint_bytes(setup, shapes),
         **_speed(setup, shapes, machine),
-        "proposals": [{"flags": list(p.flags), "device_total": p.total} for p in found],
+        "proposals": [
+            {"flags": list(p.flags), "device_total": p.total, "host_per_node": p.host * local} for p in found
+        ],
+        "fits_on_gpus": machine.gpus if total <= limit else more_devices(setup, shapes_of, limit),
     }
 
 
@@ -145,10 +148,20 @@ def text(plan: dict[str, Any], machine: Machine) -> str:
         f"network                 {network:.1f} GiB per step and rank, {plan['micro_steps_per_step']} micro-steps"
     ]
     if not plan["fits"]:
-        lines += ["", "what would fit, cheapest first"] if plan["proposals"] else ["", "nothing we know would fit"]
-    for proposal in plan["proposals"]:
-        lines += [f"  {' '.join(proposal['flags'])}   ({proposal['device_total'] / GIB:.1f} GiB)"]
+        lines += ["", *_remedies(plan)]
     return "\n".join(lines)
+
+
+def _remedies(plan: dict[str, Any]) -> list[str]:
+    """What would make it fit, for people."""
+    lines = ["what would fit, cheapest first"] if plan["proposals"] else ["no settings that we know would fit"]
+    for proposal in plan["proposals"]:
+        size, host = proposal["device_total"] / GIB, proposal["host_per_node"] / GIB
+        held = f"{size:.1f} GiB" + (f", host {host:.0f} GiB per node" if host >= 1 else "")
+        lines += [f"  {' '.join(proposal['flags'])}   ({held})"]
+    if plan["fits_on_gpus"] is not None:
+        lines += [f"  as it is, on {plan['fits_on_gpus']} devices"]
+    return lines
 
 
 def start_warning(config: Config, setup: Setup, limit: float) -> str:

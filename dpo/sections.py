@@ -60,7 +60,8 @@ class ModelSection:
     attn_implementation: str | None = None
     """Attention kernel by transformers' name (eager, sdpa, flash_attention_2, ...); none: the model's own choice."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Keep the frozen base weights in 4 bits (NF4, QLoRA) or 8; needs LoRA. The reference is the quantized base too."""
+    """Keep the frozen base weights in 4 bits (NF4, QLoRA) or 8; needs LoRA. The reference is the quantized base too.
+    Both are computed with, and the packed bytes kept (for FSDP2 and ZeRO-3 to shard), in model.dtype."""
     double_quantization: bool = True
     """Keep NF4's scales in 8 bits themselves (0.37 bits per weight less)."""
     trust_remote_code: bool = False
@@ -340,9 +341,10 @@ class ParallelSection:
 class OptimSection:
     """Optimizer and learning rate."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "cpu_adamw"] = "adamw"
     """AdamW with decoupled weight decay, its moments in fp32 or (bitsandbytes, one process) in 8 bits; paged: moments
-    move to the host when the GPU's memory runs short."""
+    move to the host when the GPU's memory runs short; cpu_adamw: DeepSpeed's own for offload_optimizer, compiled at the
+    first start."""
     learning_rate: float | None = None
     """Peak learning rate; none: 1e-6, with LoRA 1e-5."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"

@@ -1,8 +1,8 @@
 """Check DeepSpeed JSON files: `python -m launch.ds_lint [--json FILE] FILE ...`.
 
 One line per problem: keys that DeepSpeed does not know (at top level it is silent, and trains at stage 0 with
-`zero_optimisation`), that it has removed, or that the config owns, such as batch sizes; values that cannot work. Exit
-code 0, or 2 when there is any. The trainer refuses the same files.
+`zero_optimisation`), that it has removed, or that the config owns, such as batch sizes; values that cannot work, such
+as page-locked buffers beyond this machine's memory. Exit code 0, or 2 when there is any. The trainer refuses the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from dpo.ds_json import load_ds_json, problems
+from dpo.nvme import with_buffers
 from dpo.refusals import ConfigError
 
 
@@ -22,7 +23,13 @@ def lint(path: str) -> list[str]:
         raw = load_ds_json(path)
     except ConfigError as error:
         return [str(error)]
-    return [f"{path}: {problem}" for problem in problems(raw)]
+    found = list(problems(raw))
+    if not found:
+        try:
+            with_buffers(raw["zero_optimization"], share=1, dtype_bytes=2, ranks_here=1)
+        except ConfigError as error:
+            found = [str(error)]
+    return [f"{path}: {problem}" for problem in found]
 
 
 def main(argv: list[str]) -> int:

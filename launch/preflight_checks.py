@@ -113,7 +113,9 @@ def _clocks(facts: Facts) -> Check:
 def _limits(facts: Facts) -> Check:
     low: dict[str, str] = {}
     for fact in facts:
-        if fact["open_files"] < MIN_OPEN_FILES:
+        if fact["buffers"]:
+            low[fact["host"]] = fact["buffers"]
+        elif fact["open_files"] < MIN_OPEN_FILES:
             low[fact["host"]] = f"{fact['open_files']} open files: raise it (ulimit -n {MIN_OPEN_FILES})"
         elif fact["needs_shared_memory"] and fact["shared_memory_bytes"] < MIN_SHARED_MEMORY_GIB * GIB:
             low[fact["host"]] = (

@@ -27,6 +27,7 @@ from torch.cuda.nccl import version as nccl_version
 
 from dpo.config import Config
 from dpo.world import choose_device, environment_ranks, slurm_variables
+from launch.weights import buffer_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("train_dpo.py", "dpo", "data_utils", "launch")
@@ -81,7 +82,7 @@ class Ranks:
     def facts(self, config: Config, config_text: str) -> list[dict[str, Any]]:
         """What every rank finds; see `preflight_checks.judge`."""
         mine = _machine(self) | _software(config_text) | _run_dir(self, Path(config.run.dir)) | _exchange(self)
-        mine["clock"] = self._clock()
+        mine |= {"clock": self._clock(), "buffers": _buffers(self, config)}
         return self.gather(mine)
 
     def _clock(self) -> float:
@@ -173,6 +174,13 @@ def _machine(ranks: Ranks) -> dict[str, Any]:
         "has_infiniband": Path("/sys/class/infiniband").is_dir(),
         "busy_port": _busy_port(),
     }
+
+
+def _buffers(ranks: Ranks, config: Config) -> str:
+    """What is wrong with the buffers of weights that lie on a disk."""
+    is_half = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and ranks.device.type == "cuda")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    return buffer_problem(config, dtype_bytes=2 if is_half else 4, world_size=ranks.size, ranks_here=ranks_here)
 
 
 def _own_address() -> str:

@@ -7,6 +7,9 @@ import math
 import struct
 from pathlib import Path
 
+from dpo.ds_json import read_ds_json
+from dpo.nvme import largest_share, with_buffers
+from dpo.refusals import ConfigError
 from dpo.sections import Config
 
 Shapes = dict[str, tuple[int, ...]]
@@ -50,3 +53,18 @@ def checkpoint_bytes(shapes: Shapes, config: Config) -> int:
     exports_all = config.lora.r == 0 or config.export.merge_lora
     exported = sum(math.prod(shape) for shape in shapes.values()) if exports_all else trained
     return 12 * trained * (config.checkpoint.keep + 1) + 4 * exported
+
+
+def buffer_problem(config: Config, *, dtype_bytes: int, world_size: int, ranks_here: int) -> str:
+    """Why the page-locked buffers of weights on a disk do not fit model or machine (`dpo.nvme`); empty where they do,
+    or where the weights are not known here."""
+    shapes = weight_shapes(Path(config.model.path))
+    if config.parallel.ds_config is None or config.model.quantization != "none" or shapes is None:
+        return ""
+    share = largest_share(max(math.prod(shape) for shape in shapes.values()), world_size)
+    try:
+        zero = read_ds_json(config.parallel.ds_config)["zero_optimization"]
+        with_buffers(zero, share, dtype_bytes=dtype_bytes, ranks_here=ranks_here)
+    except ConfigError as error:
+        return str(error)
+    return ""

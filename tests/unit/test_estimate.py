@@ -11,11 +11,12 @@ import torch
 
 from benchmarks import plan_table
 from dpo.config import Config, parse_config
+from dpo.ds_json import read_ds_json
 from dpo.estimate import PARTS, Setup, Shapes, memory, network_bytes_per_step, step_flops
 from dpo.plan import main
 from dpo.policy import trained_policy
 from dpo.pretrained import Pretrained
-from dpo.propose import proposals
+from dpo.propose import more_devices, proposals
 from dpo.shapes import count_shapes, saved_bytes_per_token
 from tests.tiny import tiny_model
 
@@ -105,16 +106,52 @@ def test_proposals_fit_and_each_of_their_changes_is_needed(eight: Path, counted:
         return counted["full" if not config.lora.r else "lora" if config.model.quantization == "none" else "qlora"]
 
     found = proposals(setup, shapes_of, limit)
-    assert found[0].flags == ("--batch.tokens_per_micro_batch 1024",)
+    assert found[0].flags == ("--train.gradient_checkpointing true",)
+    assert len({frozenset(flag.split()[0] for flag in proposal.flags) for proposal in found}) == len(found) >= 2
     for proposal in found:
-        assert proposal.total <= limit
+        assert proposal.total <= limit * 0.95
         flags = [word for flag in proposal.flags for word in flag.split()]
         again = config_of(eight, *flags)
         assert sum(memory(Setup.of(again, 8, 2), shapes_of(again))[0].values()) == proposal.total
     assert proposals(setup, shapes_of, 1 * GIB) == []
+
     one = Setup.of(config_of(eight, "--batch.tokens_per_micro_batch", "1024"), 1, 2)
-    (first, *_) = proposals(one, shapes_of, 24 * GIB)
-    assert "--model.quantization nf4" in first.flags or "--lora.r 16" in first.flags
+    first, second, *_ = proposals(one, shapes_of, 24 * GIB)
+    assert first.flags == ("--parallel.engine fsdp2 --parallel.offload true", "--reference.offload true")
+    assert first.host > 16 * 8e9, "fp32 weights, gradients and moments"
+    assert "--lora.r 16" in second.flags
+
+
+def test_what_deepspeed_offloads_is_proposed_as_a_file_that_ships(eight: Path, counted: dict[str, Shapes]) -> None:
+    """`parallel.offload` is FSDP2's; the fp32 weights go with the optimizer."""
+    flags = ["--parallel.engine", "deepspeed", "--parallel.ds_config", "x", "--lora.r", "0"]
+    zero = {"zero_optimization": {"stage": 2}}
+    setup = Setup.of(config_of(eight, *flags), 4, 2, zero)
+    found = proposals(setup, lambda config: counted["lora" if config.lora.r else "full"], 40 * GIB)
+    assert any("--parallel.ds_config ds_configs/zero3_offload.json" in proposal.flags for proposal in found)
+    assert not any("parallel.offload" in flag for proposal in found for flag in proposal.flags)
+    n, offloaded = 8_030_261_248, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    device, host = memory(Setup.of(config_of(eight, *flags), 4, 2, offloaded), counted["full"])
+    assert device["weights"] == pytest.approx(2 * n, abs=1024) and device["optimizer"] == device["gradients"] == 0
+    assert sum(host.values()) == pytest.approx(4 * n * 4 / 4)
+
+
+def test_more_devices_are_proposed_where_they_help(eight: Path, counted: dict[str, Shapes]) -> None:
+    setup = Setup.of(config_of(eight, "--batch.tokens_per_micro_batch", "2048"), 2, 2)
+    num_devices = more_devices(setup, lambda config: counted["full"], 80 * GIB)
+    assert num_devices == 4
+    larger = Setup.of(setup.config, num_devices, 2)
+    assert sum(memory(larger, counted["full"])[0].values()) <= 80 * GIB * 0.95
+    assert more_devices(setup, lambda config: counted["full"], 10 * GIB) is None
+
+
+def test_weights_on_a_disk_take_buffers_of_the_largest_share(eight: Path, counted: dict[str, Shapes]) -> None:
+    flags = ["--parallel.engine", "deepspeed", "--parallel.ds_config", "ds_configs/zero3_nvme.json"]
+    setup = Setup.of(config_of(eight, *flags), 8, 2, read_ds_json("ds_configs/zero3_nvme.json"))
+    device, host = memory(setup, counted["full"])
+    assert device["weights"] == counted["full"].buffer_bytes < 1024
+    assert host["buffers"] == pytest.approx(5 * 2 * 128256 * 4096 / 8, rel=1e-3)
+    assert host["weights"] == pytest.approx((2 + 4) * 8_030_261_248 / 8), "bf16 below max_in_cpu, and fp32"
 
 
 def test_traffic_and_flops(eight: Path, counted: dict[str, Shapes]) -> None:
@@ -134,10 +171,12 @@ def test_the_command_prints_and_writes_the_plan(
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "what would fit, cheapest first" in out
+    assert "host 0 GiB" not in out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] is False and list(plan["device"]) == list(PARTS)
     assert sum(plan["device"].values()) == pytest.approx(plan["device_total"])
-    assert plan["proposals"][0]["flags"] == ["--batch.tokens_per_micro_batch 1024"]
+    assert plan["proposals"][0]["flags"] == ["--train.gradient_checkpointing true"]
+    assert plan["proposals"][0]["host_per_node"] == 0 and plan["fits_on_gpus"] is None
     assert main(["--model.path", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: model.path=")
     assert main(["--model.path", str(eight), "--optim.lr", "1"]) == 2

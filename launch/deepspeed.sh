@@ -53,7 +53,6 @@ read_hostfile() { # file
 quote_for_pdsh() { # word
     local word="$1"
     if [[ "$word" =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then printf '%s' "$word"; return; fi
-    [[ "$word" != *[$'\n\r']* ]] || die "a flag with a line break cannot be passed through ssh: ${word@Q}"
     word="${word//%/%%}" # pdsh's own escapes
     if [[ "$word" == *' '* ]]; then # DeepSpeed puts "..." around it and a backslash before "
         word="${word//\\/\\\\}" word="${word//\$/\\\$}" word="${word//\`/\\\`}"
@@ -85,18 +84,21 @@ run_deepspeed() { # preflight or train
 }
 
 choose_path() {
+    local word
     if [[ -n "$hostfile" ]]; then
         read_hostfile "$hostfile"
         parse_master "${master:-${HOSTS[0]}}"
         path=pdsh
+        for word in "${flags[@]}"; do
+            [[ "$word" != *[$'\n\r']* ]] || die "a flag with a line break cannot be passed through ssh: ${word@Q}"
+        done
         return
     fi
     require_count --nodes "$nodes"
     require_count --gpus "${gpus:-missing}"
     if ((nodes == 1)); then
         parse_master "${master:-localhost}"
-        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
-        path=one
+        path=one alone=(--alone)
         return
     fi
     [[ -n "$master" ]] || die "--nodes $nodes needs --hostfile FILE, or --master HOST[:PORT] and --node-rank R on each node"
@@ -151,8 +153,9 @@ show_commands() {
     done
 }
 
+alone=()
 choose_path
-rank_environment "$gpus"
+rank_environment "$gpus" "${alone[@]}"
 # Preflight meets at the port after that of the training, looks whether that one is free, and names nodes by their order.
 export DPO_MEETING="$MASTER_ADDR:$MASTER_PORT"
 if ((${#HOSTS[@]} > 0)); then DPO_HOSTS="$(IFS=,; echo "${HOSTS[*]}")" && export DPO_HOSTS; fi

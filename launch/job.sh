@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # What all launchers share: the one place that decides the environment of ranks, how many there are and where they meet,
-# how a request to stop reaches them, and what the end of a job means. Sourced by torchrun.sh, deepspeed.sh, slurm.sbatch.
+# how a request to stop reaches them, and what the end of a job means. Sourced by all launchers.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 DRY_RUN="${DRY_RUN:-0}"
+DECIDED=() # NAME=VALUE of what rank_environment has set
 HOSTS=() # of a job that this machine starts through ssh; empty: the ranks here are the only ones that we can reach
 # Every rank carries this word in its environment, so that signals go to the ranks of this job and to nothing else.
 export DPO_JOB="${DPO_JOB:-$$-$RANDOM$RANDOM}"
@@ -38,18 +39,15 @@ require_address() { # host: torchrun would look for one that does not exist for 
     getent ahosts "$1" >/dev/null || die "--master: host $1 does not resolve to an address on $(hostname)"
 }
 
-# What every rank finds in its environment; what the user has set stays. Call it with the ranks per node.
-rank_environment() { # ranks per node
-    local cores threads
-    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-    threads=$((cores / $1))
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-    # NCCL says what is wrong (never what goes right); a collective that hangs leaves the last ones of each rank on disk.
-    export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
-    # Ranks that are started again must not find the addresses of their dead predecessors (35 s lost per restart).
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# What every rank finds in its environment: launch/environment.py decides, and what the user has set stays.
+rank_environment() { # ranks per node [--threads N] [--alone]
+    local pair
+    while IFS= read -r -d '' pair; do export "${pair?}" && DECIDED+=("$pair"); done < <(
+        # Our own Python may not be made yet.
+        python3 "$ROOT/launch/environment.py" "$@" || "$PYTHON" "$ROOT/launch/environment.py" "$@"
+    )
+    [[ -n "${OMP_NUM_THREADS:-}" ]] || die "launch/environment.py did not run: is there a python3 on PATH?"
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" && DECIDED+=("PYTHONPATH=$PYTHONPATH")
 }
 
 # Names of the variables that ranks on other machines need as well. Tokens and keys would show in command lines there.
@@ -59,7 +57,8 @@ rank_variables() {
 }
 
 show() { # command: prints it, quoted for a shell, after the variables that we set
-    printf 'OMP_NUM_THREADS=%q PYTHONPATH=%q TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ' "$OMP_NUM_THREADS" "$PYTHONPATH"
+    local pair
+    for pair in "${DECIDED[@]}"; do printf '%s=%q ' "${pair%%=*}" "${pair#*=}"; done
     printf '%q ' "$@"
     printf '\n'
 }

@@ -32,6 +32,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.environment import meeting_here, rank_environment
+
 DONE, UNEXPECTED, CONFIG, CHECKPOINT, PEER, STOPPED = 0, 1, 2, 3, 4, 75
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """Signals of a fault in C; faulthandler writes the stacks."""
@@ -76,23 +80,11 @@ class Rank:
             self.lines.extend(stream)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def shared_environment(num_ranks: int, folder: str) -> dict[str, str]:
-    """What all ranks find in their environment; what the user has set stays. `folder`: see `dpo.beat`."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    defaults = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(max(1, cores // num_ranks))}
-    if "MASTER_PORT" not in os.environ:
-        defaults["MASTER_PORT"] = str(free_port())
-    if sys.platform == "linux":
-        # gloo else takes the interface of the host's name, and tries for minutes when that name does not resolve.
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    """What all ranks find in their environment; `folder`: see `dpo.beat`."""
+    decided = rank_environment(num_ranks, os.environ, alone=True) | meeting_here(os.environ)
     sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    return {**defaults, **os.environ, **sizes, "DPO_LAUNCHER": folder}
+    return {**os.environ, **decided, **sizes, "DPO_LAUNCHER": folder}
 
 
 def die_with_launcher() -> None:

@@ -5,8 +5,8 @@
 # With several ranks launch/preflight.py checks the machine first; PREFLIGHT=0 leaves that out.
 # DRY_RUN=1 prints the command instead. Returns the exit code of train_dpo.py (README.md has the list).
 set -euo pipefail
-# shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=launch/job.sh
+source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
 procs=1
 if [[ "${1:-}" == -n ]]; then
@@ -15,15 +15,12 @@ if [[ "${1:-}" == -n ]]; then
     shift 2
 fi
 
-cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-threads=$((cores / procs))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-
+rank_environment "$procs" --alone
 command=("$PYTHON")
 if ((procs > 1)); then command+=("$ROOT/launch/local.py" -n "$procs"); fi
 command+=("$ROOT/train_dpo.py" "$@")
 
-if [[ "${DRY_RUN:-0}" == 1 ]]; then
+if [[ "$DRY_RUN" == 1 ]]; then
     printf 'OMP_NUM_THREADS=%q' "$OMP_NUM_THREADS"
     printf ' %q' "${command[@]}"
     printf '\n'
@@ -33,6 +30,6 @@ fi
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then setup_environment; fi
 remove_dead_build_locks
 if ((procs > 1)) && [[ "${PREFLIGHT:-1}" == 1 ]]; then
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$ROOT/launch/local.py" -n "$procs" -m launch.preflight "$@"
+    "$PYTHON" "$ROOT/launch/local.py" -n "$procs" -m launch.preflight "$@"
 fi
 exec "${command[@]}"

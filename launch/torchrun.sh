@@ -28,12 +28,13 @@ require_count --gpus "${gpus:-missing}"
 require_count --restarts "$restarts" 0
 [[ "$nodes" == 1 || -n "$master" ]] || die "--nodes $nodes needs --master HOST[:PORT]: the node where all meet"
 parse_master "${master:-localhost:29500}"
+alone=()
 if ((nodes == 1)); then
-    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+    alone=(--alone)
 else
     export DPO_MEETING="$MASTER_ADDR:$MASTER_PORT" # preflight looks whether it is free
 fi
-rank_environment "$gpus"
+rank_environment "$gpus" "${alone[@]}"
 flags=("$@")
 
 torchrun_command() { # preflight or train

@@ -139,6 +139,21 @@ def test_wrong_options_are_refused_in_one_line(command: str, refusal: str) -> No
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("word", ["a\nb", "a\rb"])
+def test_a_line_break_is_quoted_exactly_or_refused(tmp_path: Path, word: str) -> None:
+    """pdsh cannot carry it; the other ways do."""
+    hosts = hostfile(tmp_path, "n1 slots=2\n")
+    for dry_run in ("1", "0"):
+        done = dry("deepspeed.sh", "--hostfile", hosts, "--run.dir", word, DRY_RUN=dry_run, VIRTUAL_ENV=sys.prefix)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: a flag with a line break cannot be passed through ssh: $'a")
+        assert done.stderr.count("\n") == 1
+    for script in ("torchrun.sh", "deepspeed.sh"):
+        line = dry(script, "--gpus", "2", "--run.dir", word, "--x", "-y z").stdout.split(TRAINER)[1]
+        again = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
+        assert again.stdout.decode().split("\0")[:-1] == ["--run.dir", word, "--x", "-y z"]
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "submit.sh"])
 def test_help_shows_how_to_call_it(script: str) -> None:
     done = dry(script, "--help", PATH=os.environ["PATH"])

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 GiB of memory."""
+    """16 GiB of memory, all of which may be locked."""
     monkeypatch.setattr(nvme, "host_memory_bytes", lambda: 16.0 * GIB)
+    monkeypatch.setattr(nvme, "lockable_bytes", lambda: 16.0 * GIB)
 
 
 def zero(**offload: Any) -> dict[str, Any]:
@@ -65,6 +66,12 @@ def test_what_does_not_fit_is_refused_in_a_line(offload: dict[str, Any], share: 
     with pytest.raises(ConfigError) as caught:
         with_buffers(zero(**offload), share, dtype_bytes=4, ranks_here=2)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_user_who_may_not_lock_them_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme, "lockable_bytes", lambda: 2.0**23)
+    with pytest.raises(ConfigError, match=r"lock 0.93 GiB of a rank's memory, and 0.01 may be locked here: ulimit -l"):
+        with_buffers(zero(), 10**8, dtype_bytes=2, ranks_here=1)
 
 
 def test_lint_and_preflight_say_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def will_it_fit(config: Config, world: World) -> str:
     text = Pretrained.of(config.model).text_config
     if text.num_hidden_layers * 12 * text.hidden_size**2 + text.vocab_size * text.hidden_size < SMALL:
         return ""
-    return start_warning(config, _setup(config, world), _limit(world))
+    return start_warning(config, _setup(config, world), _limit(world), _host_limit(world))
 
 
 def _setup(config: Config, world: World) -> Setup:
@@ -43,8 +43,12 @@ def _limit(world: World) -> float:
     """Bytes that a rank may use: of its GPU, or of this machine's memory, in equal parts."""
     if world.device.type == "cuda":
         return float(torch.cuda.get_device_properties(world.device).total_memory)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    return host_memory_bytes() / ranks_here
+    return _host_limit(world)
+
+
+def _host_limit(world: World) -> float:
+    """Main memory of this machine, in equal parts for its ranks."""
+    return host_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -164,11 +164,18 @@ def _remedies(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def start_warning(config: Config, setup: Setup, limit: float) -> str:
-    """A line for the start of a run that will hardly fit into `limit` bytes per device; else nothing."""
+def start_warning(config: Config, setup: Setup, limit: float, host_limit: float) -> str:
+    """A line for the start of a run that will hardly fit into `limit` bytes per device, or `host_limit` of main memory
+    per rank; else nothing."""
     shapes_of = counter(setup.dtype_bytes)
-    device, _ = memory(setup, shapes_of(config))
-    total = sum(device.values())
+    device, host = memory(setup, shapes_of(config))
+    total, offloaded = sum(device.values()), sum(host.values())
+    if total <= limit and offloaded > host_limit:
+        lora = "" if config.lora.r else ", or set --lora.r 16"
+        return (
+            f"warning: the plan keeps {offloaded / GIB:.1f} GiB of each rank in main memory, of which a rank's part is"
+            f" {host_limit / GIB:.1f}: take more nodes{lora}"
+        )
     if total <= limit:
         return ""
     part = max(device, key=device.__getitem__)

@@ -55,21 +55,26 @@ CPU_ADAM = ["zero2_offload", "zero3_offload"]
 
 
 def test_deepspeeds_own_adam_follows_torchs_and_resumes(lab: Lab) -> None:
-    """With weight decay, from which norms are spared; a checkpoint of one is continued by the other."""
+    """With weight decay, from which norms are spared; it goes on from its own checkpoint, bitwise, as torch's does."""
     build_operator("CPUAdamBuilder")
-    own, commands = ["--optim.name", "cpu_adamw"], []
-    kinds = {"torch": [], "own": own, "both": [*own, "--train.stop_after_steps", "2"], "rest": []}
+    own, stop = ["--optim.name", "cpu_adamw"], ["--train.stop_after_steps", "2"]
+    change, commands = ["--checkpoint.allow_changes", "optim.name"], []
     for name in CPU_ADAM:
-        for kind, flags in kinds.items():
-            directory = str(lab.folder / f"{kind.replace('rest', 'both')}-{name}")
-            commands.append(command(lab, name, "--optim.weight_decay", "0.1", *flags, "--run.dir", directory))
+
+        def member(kind: str, *flags: str, name: str = name) -> list[str]:
+            return command(lab, name, "--optim.weight_decay", "0.1", *flags, "--run.dir", str(lab.folder / kind) + name)
+
+        commands += [member("torch-"), member("own-", *own)]
+        commands += [member("again-", *own, *stop), member("again-", *own)]
+        commands += [member("both-", *own, *stop), member("both-", *change)]
     lab.train(2, *commands)
     for name in CPU_ADAM:
+        rows = {kind: lab.training_rows(f"{kind}-{name}") for kind in ("torch", "own", "again", "both")}
         for kind in ("own", "both"):
-            rows = zip(lab.training_rows(f"{kind}-{name}"), lab.training_rows(f"torch-{name}"), strict=True)
-            for ours, theirs in rows:
+            for ours, theirs in zip(rows[kind], rows["torch"], strict=True):
                 assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5), (kind, name)
                 assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), (kind, name)
+        assert [row["loss"] for row in rows["again"]] == [row["loss"] for row in rows["own"]]
 
 
 def test_deepspeeds_own_adam_is_refused_where_the_optimizer_is_on_the_device(lab: Lab) -> None:

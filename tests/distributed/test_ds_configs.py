@@ -55,7 +55,7 @@ CPU_ADAM = ["zero2_offload", "zero3_offload"]
 
 
 def test_deepspeeds_own_adam_follows_torchs_and_resumes(lab: Lab) -> None:
-    """With weight decay, from which norms are spared; it goes on from its own checkpoint, bitwise, as torch's does."""
+    """With weight decay, from which norms are spared; its checkpoint is continued by itself and by torch's."""
     build_operator("CPUAdamBuilder")
     own, stop = ["--optim.name", "cpu_adamw"], ["--train.stop_after_steps", "2"]
     change, commands = ["--checkpoint.allow_changes", "optim.name"], []
@@ -70,11 +70,10 @@ def test_deepspeeds_own_adam_follows_torchs_and_resumes(lab: Lab) -> None:
     lab.train(2, *commands)
     for name in CPU_ADAM:
         rows = {kind: lab.training_rows(f"{kind}-{name}") for kind in ("torch", "own", "again", "both")}
-        for kind in ("own", "both"):
+        for kind in ("own", "again", "both"):
             for ours, theirs in zip(rows[kind], rows["torch"], strict=True):
                 assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5), (kind, name)
                 assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), (kind, name)
-        assert [row["loss"] for row in rows["again"]] == [row["loss"] for row in rows["own"]]
 
 
 def test_deepspeeds_own_adam_is_refused_where_the_optimizer_is_on_the_device(lab: Lab) -> None:

@@ -17,7 +17,8 @@ from data_utils.schema import PairBatch
 from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer
 from dpo.config import Config, parse_config
-from dpo.policy import Policy, Pretrained, evaluating, frozen_policy, trained_policy
+from dpo.policy import Policy, evaluating, frozen_policy, trained_policy
+from dpo.pretrained import Pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / ".cache" / "smollm2-135m-instruct"

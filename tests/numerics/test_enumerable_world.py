@@ -136,7 +136,7 @@ def test_robust_takes_the_noise_out_of_its_labels(e: float) -> None:
 
 
 def test_ipo_ends_at_a_finite_gap() -> None:
-    """p (d - 1 / 2b)^2 + (1 - p) (d + 1 / 2b)^2 is least at d = (2p - 1) / 2b (arXiv 2310.12036, Sec. 5)."""
+    """p (d - 1 / 2b)^2 + (1 - p) (d + 1 / 2b)^2 is least at d = (2p - 1) / 2b (arXiv 2310.12036)."""
     preference_X, first_X, second_X = two_responses(LossSection(type=("ipo_sum",), beta=BETA))
     torch.testing.assert_close(first_X - second_X, (2 * preference_X - 1) / (2 * BETA), rtol=0, atol=1e-5)
 
@@ -157,7 +157,7 @@ def test_a_margin_is_added_to_the_reward_gap() -> None:
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "chi_squared"])
 def test_a_divergence_makes_its_derivative_the_reward(divergence: str) -> None:
-    """f-DPO (arXiv 2309.16240, Eq. 8): the optimum has b [f'(ratio_w) - f'(ratio_l)] = r_w - r_l."""
+    """f-DPO (arXiv 2309.16240): the optimum has b [f'(ratio_w) - f'(ratio_l)] = r_w - r_l."""
     derivatives: dict[str, Callable[[Tensor], Tensor]] = {
         "forward_kl": lambda d: -torch.exp(-d),
         "js_divergence": lambda d: -torch.log1p(torch.exp(-d)),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,10 +17,13 @@ from data_utils.shards import ShardSet
 from data_utils.tokenize import PairTokenizer, control_ids
 from dpo.checker import Checker, load_checker
 from dpo.config import Config
+from dpo.divergence import kl_of_answers
+from dpo.engine import Engine
 from dpo.files import read_rows, write_atomically
 from dpo.generate import Answer, Decoding, answer
 from dpo.policy import Policy, evaluating
 from dpo.pretrained import can_pack
+from dpo.reference import Reference
 from dpo.terminal import Terminal
 from dpo.world import World
 
@@ -74,6 +78,8 @@ class Answers:
         self._asked = list(_asked(shards, pair_tokenizer, config.eval.num_prompts))
         self._before: list[Graded] = []
         self._after: list[Graded] = []
+        self._said: dict[int, Answer] = {}
+        self._kl: dict[str, float] = {}
 
     def before(self, policy: Policy) -> None:
         """Answer with the model before training."""
@@ -88,6 +94,17 @@ class Answers:
         self._after = self._all_graded(policy, "after")
         self._write()
 
+    def measure_kl(self, engine: Engine, reference: Reference) -> None:
+        """The divergence of the answers after training from the reference, where they are samples of the policy."""
+        if self._config.eval.temperature != 1 or not self._config.measures_kl:
+            return
+        stop_ids = sorted(control_ids(self._tokenizer))[:1]  # any of them: it is a position, not a choice
+        said = [self._said[place].ids + stop_ids * self._said[place].ended for place in range(len(self._asked))]
+        budget = self._config.batch.tokens_per_micro_batch
+        kl = kl_of_answers([asked.ids for asked in self._asked], said, engine, reference, budget, self._world.device)
+        per_token = [nats / len(ids) for nats, ids in zip(kl, said, strict=True)]
+        self._kl = {"answers_kl": fmean(kl), "answers_kl_per_token": fmean(per_token)}
+
     # ---- answering
 
     def _all_graded(self, policy: Policy, when: str) -> list[Graded]:
@@ -101,6 +118,7 @@ class Answers:
                 answers = answer(
                     policy.causal_lm, [self._asked[place].ids for place in batch], decoding, self._world.device
                 )
+                self._said |= {place: said for place, (said,) in zip(batch, answers, strict=True)}
                 graded |= {
                     place: self._grade(self._asked[place].pair, said)
                     for place, (said,) in zip(batch, answers, strict=True)
@@ -121,11 +139,14 @@ class Answers:
     # ---- telling
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json: shares that pass the checker and that are degenerate, of all prompts and by kind."""
+        """For summary.json: shares that pass the checker and that are degenerate, of all prompts and by kind; and the
+        divergence from the reference in nats, where it was measured."""
         sides = {"before": self._before, "after": self._after}
-        return {f"checker_{side}": self._shares(graded) for side, graded in sides.items()} | {
-            f"degenerate_{side}": _mean([answer.degenerate for answer in graded]) for side, graded in sides.items()
-        }
+        return (
+            self._kl
+            | {f"checker_{side}": self._shares(graded) for side, graded in sides.items()}
+            | {f"degenerate_{side}": _mean([answer.degenerate for answer in graded]) for side, graded in sides.items()}
+        )
 
     def _shares(self, graded: Sequence[Graded]) -> dict[str, float | None] | None:
         """ "all" and each kind: mean grade; None without a checker."""
@@ -148,6 +169,9 @@ class Answers:
             summary["checker_after"],
             (summary["degenerate_before"], summary["degenerate_after"]),
         )
+        if self._kl:
+            nats, per_token = self._kl.values()
+            self._terminal.say(f"KL of the answers to the reference: {nats:.4f} nats, {per_token:.4f} per token")
         before: Sequence[Graded | None] = self._before or [None] * len(self._asked)
         for place in self._examples(3):
             mine = before[place]

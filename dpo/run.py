@@ -186,6 +186,7 @@ class Run:
         if parts.answers is not None:
             with self.clock.phase("answers"):
                 parts.answers.after(self.engine.policy)
+                parts.answers.measure_kl(self.engine, self.reference)
         directory = self.log.directory / "final"
         with self.clock.phase("export"):
             final = export(directory, self.engine, parts.source, parts.tokenizer, self.config, parts.dtype, self.world)

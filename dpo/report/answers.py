@@ -34,7 +34,9 @@ def answers(directory: Path, temperature: float = 0.0) -> dict[str, Any] | None:
         for row, text in zip(chosen, cut, strict=True)
         if text is not None
     ]
-    found = {"count": len(rows), "rows": shown, "temperature": temperature}
+    summary = read_object(directory / "summary.json")
+    kl = [digits(summary[key]) for key in ("answers_kl", "answers_kl_per_token") if key in summary]
+    found = {"count": len(rows), "rows": shown, "temperature": temperature, "kl": kl}
     return found | {"scores": [*_scores(rows), *_judged(directory)], "groups": _groups(rows)}
 
 

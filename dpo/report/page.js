@@ -245,7 +245,8 @@ function generations(run) {
   if (first.length) first[0].open = true;
   const shown = found.rows.length < found.count ? ` ${found.rows.length} of ${found.count} are listed.` : "";
   const how = found.temperature ? `Answers to held-out prompts, sampled at temperature ${format(found.temperature)} with one seed,` : "The likeliest answer to held-out prompts,";
-  return section("Answers side by side", how + " before and after training." + shown, scores, h("div", { class: "answers" }, first));
+  const kl = found.kl.length ? ` KL of the answers after training to the reference: ${format(found.kl[0])} nats per answer, ${format(found.kl[1])} per token.` : "";
+  return section("Answers side by side", how + " before and after training." + shown + kl, scores, h("div", { class: "answers" }, first));
 }
 
 /* ---- the rest */

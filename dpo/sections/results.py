@@ -78,7 +78,8 @@ class EvalSection:
     max_new_tokens: int = 128
     """Longest answer in tokens; a longer one is cut."""
     temperature: float = 0.0
-    """0: the likeliest answer; above: one sampled at this temperature, with train.seed before and after training."""
+    """0: the likeliest answer; above: one sampled at this temperature, with train.seed before and after training. At 1
+    summary.json also has the KL divergence of the answers from the reference (see eval.kl)."""
     num_prompts: int | None = None
     """Ask so many held-out prompts, spread over the set; none: all of them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,9 +16,11 @@ from data_utils.batching import collate, idle_batch
 from data_utils.schema import Layout, PairBatch
 from dpo import logps
 from dpo.config import LoraSection
-from dpo.divergence import Divergence, token_kl
-from dpo.logps import LogitTransform, Predictions, logits_of
+from dpo.divergence import Divergence, kl_of_answers, token_kl
+from dpo.engine import Engine
+from dpo.logps import LogitTransform, Observer, Predictions, logits_of
 from dpo.policy import Policy, add_lora
+from dpo.reference import Reference
 from tests.numerics.tiny_models import described, random_pairs, tiny_model
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
@@ -80,28 +83,53 @@ def measured(batch: PairBatch, score_reference: Callable[..., Any], policy: Poli
     return divergence.by_sequence(batch)
 
 
+def without_adapter(policy: Policy) -> Callable[..., Tensor]:
+    """The reference that LoRA has."""
+
+    def score(batch: PairBatch, observe: Observer | None = None) -> Tensor:
+        with policy.adapter_off():
+            return policy(batch, observe=observe)[0]
+
+    return score
+
+
+def by_plain_peft(prompts: list[list[int]], responses: list[list[int]]) -> list[Tensor]:
+    """Nats of each response, from whole logits in float64."""
+    model, found = cast(PeftModel, lora_policy("padded").model).double(), []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids_1T = torch.tensor([prompt + response])
+        log_p_TV = model(ids_1T).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        with model.disable_adapter():
+            log_q_TV = model(ids_1T).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        found.append((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+    return found
+
+
 @torch.no_grad()
 def test_every_layout_measures_the_adapter_against_the_base_at_the_scored_positions() -> None:
     pairs = random_pairs(3)
-    expected_S = []
-    model = cast(PeftModel, lora_policy("padded").model).double()
-    for ids, prompt in [(p.prompt_ids + p.chosen_ids, p.prompt_ids) for p in pairs] + [
-        (p.prompt_ids + p.rejected_ids, p.prompt_ids) for p in pairs
-    ]:
-        log_p_TV = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        with model.disable_adapter():
-            log_q_TV = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        expected_S.append((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+    responses = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+    expected_S = by_plain_peft([p.prompt_ids for p in pairs] * 2, responses)
     assert min(expected_S) > 0.01
     for layout in LAYOUTS:
         policy = lora_policy(layout)
-
-        def without_adapter(batch: PairBatch, policy: Policy = policy, **options: Any) -> None:
-            with policy.adapter_off():
-                policy(batch, **options)
-
-        found_S = measured(collate(pairs, layout, pad_token_id=0), without_adapter, policy, shares_head=True)
+        found_S = measured(collate(pairs, layout, pad_token_id=0), without_adapter(policy), policy, shares_head=True)
         torch.testing.assert_close(found_S.double(), torch.stack(expected_S), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_answers_of_any_length_keep_their_order() -> None:
+    pairs = random_pairs(5)
+    prompts, answers = [p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs[:-1]] + [[7]]
+    expected = [value.item() for value in by_plain_peft(prompts, answers)]
+    for layout in LAYOUTS:
+        policy = lora_policy(layout).train()
+        reference = Reference(without_adapter(policy), shares_head=True)
+        engine = cast(Engine, SimpleNamespace(policy=policy, forward=policy))
+        for budget in (1, 40, 8192):
+            found = kl_of_answers(prompts, answers, engine, reference, budget, torch.device("cpu"))
+            assert found == [pytest.approx(value, rel=1e-5, abs=1e-6) for value in expected]
+        assert policy.training
 
 
 @torch.no_grad()

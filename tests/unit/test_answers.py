@@ -15,6 +15,7 @@ from data_utils.schema import PairColumns, PreferencePair
 from dpo.checker import load_checker
 from dpo.config import ConfigError, parse_config
 from dpo.plan import make_plan
+from dpo.report.answers import answers as report_answers
 from tests.tiny import tiny_model, tiny_pairs
 
 PAIR = PreferencePair("Say A.", "A", "B", PairColumns(source="letters"), "x.jsonl:1")
@@ -123,6 +124,18 @@ def test_sampled_answers_follow_the_seed(run: Callable[..., Path]) -> None:
     once, again = said("once", *hot), said("again", *hot)
     assert once == again and once[::2] == once[1::2], "one model, one seed: the same answers before and after"
     assert said("other", *hot, "--train.seed", "7") != once != said("cold", *hot[2:])
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora.r", "4"]])
+def test_sampled_answers_have_their_kl_to_the_reference(run: Callable[..., Path], lora: list[str]) -> None:
+    directory = run(f"divergence{len(lora)}", *lora, "--eval.temperature", "1")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert 12 * summary["answers_kl_per_token"] >= summary["answers_kl"] > summary["answers_kl_per_token"] > 1e-4
+    shown = report_answers(directory)
+    assert shown is not None
+    assert shown["kl"] == [pytest.approx(summary[key], rel=1e-3) for key in ("answers_kl", "answers_kl_per_token")]
+    other = run(f"warm{len(lora)}", *lora, "--eval.temperature", "0.5")
+    assert "answers_kl" not in json.loads((other / "summary.json").read_text()), "these are no samples of the policy"
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora.r", "4"]])

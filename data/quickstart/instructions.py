@@ -1,13 +1,15 @@
 """What the quickstart asks: a topic, a request and one condition of form that a program can check.
 
 `groups("train" | "eval")` is a pure function of SEED: the same list in the same order, wherever it runs. A group asks
-the same of several topics. No topic of one side is used in the other, so no prompt is in both.
+the same of several topics, which is quick to sample; `reworded` then asks for the same in other words, so that nothing
+but the condition tells a model what to do. No topic of one side is used in the other, so no prompt is in both.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +50,7 @@ CLOSERS = [
     "Isn't it nice?",
 ]
 PLAIN = "Tell me something about {topic}."
-KEYS = [("name", "fact"), ("topic", "text"), ("title", "body"), ("subject", "color"), ("word", "meaning")]
+KEYS = [("name", "fact"), ("topic", "text"), ("title", "body"), ("subject", "detail"), ("word", "meaning")]
 
 # kind -> wordings of its condition, or whole requests where these name the topic
 CONDITIONS: dict[str, list[str]] = {
@@ -160,12 +162,14 @@ class Instruction:
     Attributes:
         kind: key of CONDITIONS and of the checkers.
         topic: what it is about.
+        asked: what the wording is filled with: a number, a limit, phrases.
         examples: (instruction, answer) pairs of the same kind and wording, on other topics.
     """
 
     kind: str
     topic: str
     prompt: str
+    asked: dict[str, str]
     examples: tuple[tuple[str, str], ...]
 
 
@@ -194,10 +198,29 @@ def plain(topic: str) -> str:
     return PLAIN.format(topic=topic)
 
 
-def _group(kind: str, about: list[str], rng: random.Random) -> list[Instruction]:
-    """The same request and condition for each topic."""
+def reworded(instruction: Instruction, answer: str, rng: random.Random) -> tuple[str, str]:
+    """The prompt in other words, with another phrase or other keys; and the answer that obeyed, with these in it."""
+    asked, keys = _asked(rng)
+    asked |= {name: instruction.asked[name] for name in ("number", "limit")}
+    if instruction.kind == "starts_with":
+        answer = asked["opener"] + answer.removeprefix(instruction.asked["opener"])
+    elif instruction.kind == "ends_with":
+        answer = answer.removesuffix(instruction.asked["closer"]) + asked["closer"]
+    elif instruction.kind == "json_keys":
+        old = re.findall(r'"(\w+)"', instruction.asked["keys"])
+        value = json.loads(answer)
+        answer = json.dumps({new: value[name] for new, name in zip(keys, old, strict=True)}, ensure_ascii=False)
+    return _template(instruction.kind, rng).format(topic=instruction.topic, **asked), answer
+
+
+def _template(kind: str, rng: random.Random) -> str:
+    """A request and a condition."""
     request, condition = rng.choice(REQUESTS), rng.choice(CONDITIONS[kind])
-    template = condition if "{topic}" in condition else f"{request} {condition}"
+    return condition if "{topic}" in condition else f"{request} {condition}"
+
+
+def _asked(rng: random.Random) -> tuple[dict[str, str], tuple[str, str]]:
+    """What a wording may be filled with, and the keys by themselves."""
     keys = rng.choice(KEYS)
     asked = {
         "number": rng.choice(list(COUNTS)),
@@ -206,11 +229,18 @@ def _group(kind: str, about: list[str], rng: random.Random) -> list[Instruction]
         "limit": str(rng.randint(8, 14)),
         "keys": " and ".join(f'"{key}"' for key in keys),
     }
+    return asked, keys
+
+
+def _group(kind: str, about: list[str], rng: random.Random) -> list[Instruction]:
+    """The same request and condition for each topic."""
+    template = _template(kind, rng)
+    asked, keys = _asked(rng)
     examples = []
     for shown in rng.sample(SHOWN, 2):
         values = asked | {"topic": shown.topic}
         examples.append((template.format(**values), _example(kind, shown, values, keys)))
-    return [Instruction(kind, topic, template.format(topic=topic, **asked), tuple(examples)) for topic in about]
+    return [Instruction(kind, topic, template.format(topic=topic, **asked), asked, tuple(examples)) for topic in about]
 
 
 def _example(kind: str, shown: Shown, asked: dict[str, str], keys: tuple[str, str]) -> str:

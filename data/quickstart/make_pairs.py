@@ -33,7 +33,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 from checkers import CHECKERS, words  # noqa: E402
-from instructions import SEED, Instruction, Side, groups, plain, topics  # noqa: E402
+from instructions import SEED, Instruction, Side, groups, plain, reworded, topics  # noqa: E402
 
 MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
 SAMPLES = ROOT / ".cache" / "quickstart-samples.jsonl"
@@ -168,19 +168,23 @@ def pick(file: Path, side: Side) -> list[dict[str, Any]]:
         rng.shuffle(others)
         bad = bad_answers(instruction, others)[:1] + bad_answers(instruction, answers.get(plain(instruction.topic), []))
         num_pairs = min(NUM_PAIRS[side], len(bad)) if good else 0
-        new = [(good[place % len(good)], bad[place]) for place in range(num_pairs)]
-        pairs += [pair_row(instruction, chosen, rejected) for chosen, rejected in new]
-        per_kind[instruction.kind] += len(new)
+        pairs += [pair_row(instruction, good[place % len(good)], bad[place]) for place in range(num_pairs)]
+        per_kind[instruction.kind] += num_pairs
     rng.shuffle(pairs)
     print(f"{side}: {len(pairs)} pairs; " + ", ".join(f"{kind} {count}" for kind, count in per_kind.items()))
     return pairs
 
 
 def pair_row(instruction: Instruction, chosen: str, rejected: str) -> dict[str, Any]:
-    """A row of the file."""
+    """A row of the file, its prompt in words drawn for this pair under which `rejected` still does not obey."""
+    rng = random.Random(f"{SEED} {instruction.prompt} {chosen} {rejected}")
+    while True:
+        prompt, answer = reworded(instruction, chosen, rng)
+        if not CHECKERS[instruction.kind](prompt, rejected):
+            break
     return {
-        "prompt": [turn("user", instruction.prompt)],
-        "chosen": [turn("assistant", chosen)],
+        "prompt": [turn("user", prompt)],
+        "chosen": [turn("assistant", answer)],
         "rejected": [turn("assistant", rejected)],
         "source": instruction.kind,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -111,6 +113,16 @@ def test_the_examples_shown_while_sampling_obey() -> None:
             assert all(checkers.CHECKERS[one.kind](*example) for example in one.examples), one
 
 
+@pytest.mark.parametrize("kind", checkers.CHECKERS)
+def test_an_instruction_in_other_words_is_obeyed_by_the_same_answer(kind: str) -> None:
+    one = next(group[0] for group in instructions.groups("train") if group[0].kind == kind)
+    answers = [answer for _, answer in one.examples]
+    drawn = [instructions.reworded(one, answer, random.Random(seed)) for seed in range(60) for answer in answers]
+    assert all(checkers.CHECKERS[kind](prompt, answer) and one.topic in prompt for prompt, answer in drawn)
+    assert len({prompt for prompt, _ in drawn}) >= len(instructions.CONDITIONS[kind])
+    assert drawn[0] == instructions.reworded(one, answers[0], random.Random(0))
+
+
 # ---- pairs
 
 
@@ -137,13 +149,14 @@ def test_there_are_enough_pairs_of_every_kind_and_none_twice() -> None:
 def test_no_prompt_and_no_topic_is_in_both_files() -> None:
     prompts = [{said(row, "prompt") for row in rows(name)} for name in ("train.jsonl", "eval.jsonl")]
     assert not prompts[0] & prompts[1]
-    sides = [
-        {one.prompt: one.topic for group in instructions.groups(side) for one in group}
-        for side in make_pairs.SIDES[::-1]
-    ]
-    assert not set(sides[0].values()) & set(sides[1].values())
-    assert prompts[0] <= set(sides[0])
-    assert prompts[1] <= set(sides[1])
+    sides: tuple[instructions.Side, ...] = ("train", "eval")
+    topics = {side: set(instructions.topics(side)) for side in sides}
+    assert not topics["train"] & topics["eval"]
+    for side, mine in zip(sides, prompts, strict=True):
+        for prompt in mine:
+            request = re.sub("(lowercase|capital) letters", "", prompt)
+            (topic,) = (topic for topic in instructions.TOPICS if re.search(rf"\b{topic}\b", request))
+            assert topic in topics[side], prompt
 
 
 # ---- how they are picked
@@ -168,6 +181,7 @@ def test_pairs_are_picked_again_from_kept_answers(tmp_path: Path) -> None:
     make_pairs.main(["--only_pick", "--samples", str(samples), "--out", str(tmp_path)])
     (row,) = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     assert said(row, "chosen") == good[0]
+    assert topic in said(row, "prompt")
     assert said(row, "rejected") == others[-1], "what was said in the same style comes before what was said without it"
     kept = make_pairs.kept(samples)
     accepted = make_pairs.good_answers(instruction, kept[instruction.prompt], set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -169,6 +170,26 @@ def test_a_failed_installation_is_an_error_and_is_tried_again(tmp_path: Path) ->
         assert done.returncode == 2
         assert "ERROR: No matching distribution" in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: pip could not install torch==9.9")
+
+
+def test_an_interrupted_installation_goes_on(stub: StubEnvironment) -> None:
+    python = stub.venv / "bin/python"
+    works = python.read_text()
+    python.write_text(works.replace("exit 0", '[[ "$*" != *deepspeed==8.8* ]] || sleep 60; exit 0'))
+    environment = {**os.environ, "VIRTUAL_ENV": str(stub.venv)}
+    setup = subprocess.Popen(
+        [str(stub.root / "launch/setup.sh")], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while len(stub.installs()) < 2:
+        assert setup.poll() is None
+        time.sleep(0.05)
+    os.killpg(setup.pid, signal.SIGINT)
+    assert setup.wait(timeout=20) != 0
+    python.write_text(works)
+    assert stub.call("setup.sh").returncode == 0
+    assert [install.split()[0] for install in stub.installs()[2:]] == ["torch==9.9", "--no-build-isolation", "-r"]
+    assert stub.call("setup.sh").returncode == 0
+    assert len(stub.installs()) == 5
 
 
 def test_large_downloads_are_named_with_their_size_as_they_come(tmp_path: Path) -> None:

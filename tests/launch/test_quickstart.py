@@ -1,4 +1,4 @@
-"""launch/quickstart.sh end to end on the real model and pairs, with fewer held-out prompts; and what its verdict is."""
+"""launch/quickstart.sh end to end on the real model and pairs, with fewer steps and prompts; and what its verdict is."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_quickstart_teaches_the_model_to_obey(tmp_path: Path) -> None:
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text("".join((ROOT / "data/quickstart/eval.jsonl").read_text().splitlines(keepends=True)[:24]))
-    flags = ["--data.eval", str(held_out), "--run.dir", str(tmp_path / "run")]
+    flags = ["--data.eval", str(held_out), "--run.dir", str(tmp_path / "run"), "--train.max_steps", "24"]
     done = subprocess.run(
         [str(ROOT / "launch/quickstart.sh"), *flags], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
-    assert summary["eval_accuracy_after"] > 0.7
-    assert summary["checker_after"]["all"] > summary["checker_before"]["all"]
+    assert summary["eval_accuracy_after"] > 0.6
+    assert summary["checker_after"]["all"] >= summary["checker_before"]["all"] + 0.15
+    assert summary["degenerate_after"] < summary["degenerate_before"]
     assert (tmp_path / "run/final/adapter_model.safetensors").exists()
     plan = done.stdout.split("Everything stays")[0]
     assert len(plan.splitlines()) <= 12

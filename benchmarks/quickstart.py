@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import sys
@@ -32,7 +31,7 @@ ROWS: tuple[tuple[str, str, Callable[[Any], Any], str], ...] = (
     ("answers that are empty, repeat themselves or are cut", "degenerate", float, ".0%"),
     ("accuracy", "eval_accuracy", float, ".2f"),
     ("margin", "eval_margin", float, ".2f"),
-    ("chosen answers' log-prob against the reference, nats", "eval_chosen_drift", float, "+.1f"),
+    ("chosen answers' log-prob against the reference, nats per token", "eval_chosen_drift", float, "+.2f"),
 )
 """What README's table says: label, key of summary.json, its number, format."""
 
@@ -66,15 +65,18 @@ def make_record(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Before and after as Markdown: means over the seeds, of after also the least and the most."""
-    summaries = [run["summary"] for run in record["runs"]]
-    lines = [f"| {len(summaries)} seeds | before | after | least to most |", "|---|---|---|---|"]
+    """Before and after as Markdown: means over the seeds, and of several the least and the most after training."""
+    runs = record["runs"]
+    several = len(runs) > 1
+    seeds = f"seed{'s' if several else ''} {', '.join(str(run['seed']) for run in runs)}"
+    head = [seeds, "before", "after", *(["least to most"] if several else [])]
+    lines = [head, ["---"] * len(head)]
     for label, key, number, form in ROWS:
-        before, after = ([number(one[f"{key}_{side}"]) for one in summaries] for side in ("before", "after"))
+        before, after = ([number(run["summary"][f"{key}_{side}"]) for run in runs] for side in ("before", "after"))
         cells = [statistics.mean(before), statistics.mean(after), min(after), max(after)]
         first, mean, least, most = (format(cell, form).replace("%", " %") for cell in cells)
-        lines.append(f"| {label} | {first} | {mean} | {least} to {most} |")
-    return "\n".join(lines) + "\n"
+        lines.append([label, first, mean, *([f"{least} to {most}"] if several else [])])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plot(record: dict[str, Any]) -> str:

@@ -183,10 +183,13 @@ class Answers:
             )
 
     def _examples(self, count: int) -> list[int]:
-        """The first prompts of the set that are of different kinds."""
+        """The first prompts of different kinds; those whose grade training changed, for better or worse, come first."""
+        places = list(range(len(self._asked)))
+        if self._before:
+            places.sort(key=lambda place: self._before[place].grade == self._after[place].grade)
         kinds: dict[str, int] = {}
-        for place, asked in enumerate(self._asked):
-            kinds.setdefault(asked.pair.columns.source or str(place), place)
+        for place in places:
+            kinds.setdefault(self._asked[place].pair.columns.source or str(place), place)
         return list(kinds.values())[:count]
 
     # ---- the file

@@ -1,4 +1,4 @@
-"""launch/quickstart.sh end to end on the real model and pairs, with fewer steps and prompts; and what its verdict is."""
+"""launch/quickstart.sh end to end on the real model and pairs, with fewer steps and prompts; and its verdict."""
 
 from __future__ import annotations
 

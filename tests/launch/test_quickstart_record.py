@@ -34,7 +34,8 @@ def test_the_record_of_two_seeds_has_a_table_and_a_plot(tmp_path: Path, capsys: 
     runs = [str(finished_run(tmp_path / f"seed-{seed}", seed, 0.6 + seed / 10)) for seed in (0, 1)]
     assert main([*runs, "--record", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "| answers that do as they are told | 25 % | 65 % | 60 % to 70 % |" in printed
+    assert printed.startswith("| seeds 0, 1 | before | after | least to most |\n|")
+    assert "| answers that do as they are told | 25 % | 65 % | 60 % to 70 % |\n" in printed
     (path,) = tmp_path.glob("*-quickstart.json")
     record = json.loads(path.read_text())
     assert [run["seed"] for run in record["runs"]] == [0, 1]
@@ -44,6 +45,13 @@ def test_the_record_of_two_seeds_has_a_table_and_a_plot(tmp_path: Path, capsys: 
     assert capsys.readouterr().out == printed
     texts = [element.text for element in ElementTree.parse(path.with_suffix(".svg")).iter() if element.text]
     assert {"all", "one word", "before", "after", "65%", "50%"} <= set(texts)
+
+
+def test_one_seed_has_no_least_and_no_most(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(finished_run(tmp_path / "seed-3", 3, 0.6))]) == 0
+    head, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert head == "| seed 3 | before | after |"
+    assert first == "| answers that do as they are told | 25 % | 60 % |"
 
 
 def test_what_is_no_set_of_finished_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,14 +183,10 @@ class Answers:
             )
 
     def _examples(self, count: int) -> list[int]:
-        """The first prompts of different kinds; those whose grade training changed, for better or worse, come first."""
-        places = list(range(len(self._asked)))
-        if self._before:
-            places.sort(key=lambda place: self._before[place].grade == self._after[place].grade)
-        kinds: dict[str, int] = {}
-        for place in places:
-            kinds.setdefault(self._asked[place].pair.columns.source or str(place), place)
-        return list(kinds.values())[:count]
+        """Places of the prompts that the screen shows."""
+        before = self._before or self._after
+        changed = [mine.grade != now.grade for mine, now in zip(before, self._after, strict=True)]
+        return pick_examples([asked.pair.columns.source for asked in self._asked], changed, count)
 
     # ---- the file
 
@@ -221,6 +217,14 @@ def _asked(shards: ShardSet, tokenizer: PairTokenizer, num_prompts: int | None) 
         with contextlib.suppress(RowError):
             pair = shards.pair(index)
             yield Asked(pair, tokenizer(pair, index).prompt_ids)
+
+
+def pick_examples(kinds: Sequence[str], changed: Sequence[bool], count: int) -> list[int]:
+    """Places of the first prompts of different kinds; those whose grade training changed, up or down, come first."""
+    found: dict[str, int] = {}
+    for place in sorted(range(len(kinds)), key=lambda place: not changed[place]):
+        found.setdefault(kinds[place] or str(place), place)
+    return list(found.values())[:count]
 
 
 def is_degenerate(text: str, ended: bool) -> bool:

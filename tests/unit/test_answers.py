@@ -12,6 +12,7 @@ import pytest
 
 import train_dpo
 from data_utils.schema import PairColumns, PreferencePair
+from dpo.answers import pick_examples
 from dpo.checker import load_checker
 from dpo.config import ConfigError, parse_config
 from dpo.plan import make_plan
@@ -41,6 +42,12 @@ def test_a_checker_is_found_in_a_file_or_a_module(checks: Path, monkeypatch: pyt
         check = load_checker(name)
         assert (check(PAIR, "123456789"), check(PAIR, "1")) == (1.0, 0.0)
     assert load_checker(f"{checks}:half")(PAIR, "") == 0.5
+
+
+def test_examples_are_of_different_kinds_and_show_what_training_changed() -> None:
+    kinds = ["a", "a", "b", "", "c", ""]
+    assert pick_examples(kinds, [False] * 6, 4) == [0, 2, 3, 4]
+    assert pick_examples(kinds, [False, True, False, False, True, True], 4) == [1, 4, 5, 2]
 
 
 @pytest.mark.parametrize(

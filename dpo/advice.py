@@ -14,7 +14,7 @@ from dpo.estimate import Setup, memory
 from dpo.nvme import host_memory_bytes
 from dpo.planner import GIB, counter, remedy, start_warning
 from dpo.pretrained import Pretrained
-from dpo.propose import proposals
+from dpo.propose import HEADROOM, proposals
 from dpo.world import World
 
 PERSISTENT = ("weights", "gradients", "optimizer", "reference")
@@ -60,7 +60,8 @@ def explain(config: Config, world: World) -> OutOfMemory:
     """What to tell about an allocation that failed: held against the plan, and the smallest change that fits."""
     setup, shapes_of = _setup(config, world), counter(compute_dtype(config.model.dtype, world.device).itemsize)
     planned, _ = memory(setup, shapes_of(config))
-    limit = min(_limit(world), 0.98 * sum(planned.values()))  # the plan was too small, if it fitted
+    # The plan was too small, if it fitted. What is less than all of it helps; `proposals` leaves room beside the limit.
+    limit = min(_limit(world), 0.98 * sum(planned.values()) / (1 - HEADROOM))
     persistent = sum(planned[part] for part in PERSISTENT)
     found = proposals(setup, shapes_of, limit, wanted=1)
     used = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.compare_meter import Live, _Saved
 from data_utils.batching import collate
-from dpo.adapters import fuse
+from dpo.adapters import _Adapted, _is_cheaper_merged, fuse
 from dpo.config import LoraSection
 from dpo.policy import Policy, add_lora, evaluating
 from tests.numerics.tiny_models import described, in_double, random_pairs, tiny_model
@@ -59,6 +59,31 @@ def test_scores_and_gradients_are_those_of_peft(family: str) -> None:
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-9)
     assert kept <= expected_kept
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_both_ways_are_the_product_with_the_adapted_weight(merges: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    x, down, up = some(2, 5, 6), some(3, 6), some(4, 3)
+    weight, bias = some(4, 6).detach(), some(4).detach()
+    taken = (x, down, up)
+    assert torch.autograd.gradcheck(lambda x, a, b: _Adapted.apply(x, weight, bias, a, b, 0.7, merges), taken)
+    expected = torch.nn.functional.linear(x, weight + 0.7 * up @ down, bias)
+    torch.testing.assert_close(_Adapted.apply(x, weight, bias, down, up, 0.7, merges), expected)
+    base = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(_Adapted.apply(x, weight, bias, down, 0 * up, 0.7, merges), base)
+
+
+def test_it_is_merged_where_that_is_less_work_and_nothing_is_rounded_away() -> None:
+    weight = torch.empty(48, 96)
+    rows = 2 * 48 * 96 // (48 + 96)
+    assert not _is_cheaper_merged(torch.empty(1, rows, 96), weight)
+    assert _is_cheaper_merged(torch.empty(1, rows + 1, 96), weight)
+    assert not _is_cheaper_merged(torch.empty(1, 10 * rows, 96, dtype=torch.bfloat16), weight)
 
 
 def test_an_adapter_that_is_off_is_off() -> None:

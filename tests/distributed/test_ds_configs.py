@@ -104,5 +104,6 @@ def test_weights_on_a_disk_stop_and_resume_on_the_same_trajectory(lab: Lab) -> N
     asked = json.loads(Path(settings("zero3_nvme", lab.folder)).read_text())
     asked["zero_optimization"]["offload_param"]["buffer_size"] = 6 * 10**8 * 1000
     (lab.folder / "greedy.json").write_text(json.dumps(asked))
-    said = lab.refused(2, [*wide("zero3_nvme"), "--parallel.ds_config", str(lab.folder / "greedy.json")])
+    greedy = ["--parallel.ds_config", str(lab.folder / "greedy.json"), "--run.dir", str(lab.folder / "greedy")]
+    said = lab.refused(2, wide("zero3_nvme", *greedy))
     assert "page-locked buffers of 600,000,000,000 elements for each rank (2 here) take" in said

@@ -86,7 +86,8 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 def _fused(layer: LoraLinear, forward: Callable[..., Any]) -> Callable[..., Any]:
     (name,) = layer.lora_A.keys()
-    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    base: Any = layer.base_layer
+    down, up = layer.lora_A[name], layer.lora_B[name]
 
     def run(x: Tensor, *arguments: Any, **named: Any) -> Any:
         of_one_dtype = x.dtype == base.weight.dtype == down.weight.dtype

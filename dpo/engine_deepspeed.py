@@ -194,7 +194,7 @@ class DeepSpeedEngine:
             return self.zero.fp32_partitioned_groups_flat
         return [group["params"][0] for group in self.zero.param_groups]
 
-    def _moments(self, partition: Tensor) -> dict[str, Tensor]:
+    def _moments(self, partition: Tensor) -> dict[str, Any]:
         return self.zero.optimizer.state[partition]
 
     def slices(self) -> Iterator[Slice]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,7 +250,7 @@ class Objective:
 def _options(loss: LossSection, reads: frozenset[str]) -> LossOptions:
     """Those that a loss reads; of others the default."""
     names = {spec.name for spec in fields(LossOptions)}
-    options = {spec.name: spec.default for spec in fields(LossSection) if spec.name in names}
+    options: dict[str, Any] = {spec.name: spec.default for spec in fields(LossSection) if spec.name in names}
     return LossOptions(**options | {name: getattr(loss, name) for name in names & reads})
 
 

@@ -100,7 +100,7 @@ class RunLog:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         self._handler = handler
-        faulthandler.enable(handler.stream)  # what a crash in C leaves behind
+        faulthandler.enable(self.stacks())  # what a crash in C leaves behind
         if not self.is_main:
             return
         record = {

@@ -140,7 +140,8 @@ def test_a_frozen_copy_keeps_its_head_and_an_idle_batch_does_no_harm() -> None:
     assert measured(batch, copy, policy, shares_head=False).abs().max() < 1e-6
     divergence = Divergence(shares_head=False)
     copy(batch, observe=divergence.see_reference)
-    torch.nn.init.constant_(copy.head.weight, 7.0)  # as when its weights are resharded
+    for parameter in copy.head.parameters():
+        parameter.fill_(7)  # as when its weights are resharded
     policy(batch, observe=divergence.see_policy)
     assert divergence.by_sequence(batch).abs().max() < 1e-6
     assert measured(idle_batch("shared", 0), copy, policy, shares_head=False).isfinite().all()

@@ -48,6 +48,7 @@ class RunLog:
         self._config = config
         self._trackers: list[Any] = []
         self._handler: logging.FileHandler | None = None
+        self._hears_crashes = False
         self._lock: IO[str] | None = None
         self.attempt = int(self.read_status().get("attempt", 0)) + 1
         self.is_open = False
@@ -100,7 +101,9 @@ class RunLog:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         self._handler = handler
-        faulthandler.enable(self.stacks())  # what a crash in C leaves behind
+        self._hears_crashes = not faulthandler.is_enabled()  # else somebody has said where the stacks go
+        if self._hears_crashes:
+            faulthandler.enable(self.stacks())
         if not self.is_main:
             return
         record = {
@@ -178,7 +181,8 @@ class RunLog:
         for tracker in self._trackers:
             tracker.close()
         if self._handler is not None:
-            faulthandler.disable()
+            if self._hears_crashes:
+                faulthandler.disable()
             logging.getLogger().removeHandler(self._handler)
             self._handler.close()
         if self._lock is not None:

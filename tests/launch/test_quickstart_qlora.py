@@ -21,7 +21,6 @@ from dpo.policy import Policy, evaluating, frozen_policy, trained_policy
 from dpo.pretrained import Pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
 FLAGS = (
     *("--config", "launch/recipes/quickstart.yaml", "--model.quantization", "nf4", "--data.eval"),
     # The recipe's sft term would hide the start at ln 2.
@@ -29,14 +28,11 @@ FLAGS = (
     *("--batch.pairs_per_step", "4", "--train.max_steps", "5", "--log.tensorboard", "false"),
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not MODEL.exists(), reason="the quickstart's model is not made: launch/quickstart_model.py"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of five steps of four pairs, about a minute."""
     directory = tmp_path_factory.mktemp("qlora") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -69,14 +65,16 @@ def test_the_reference_of_a_trained_policy_is_the_quantized_base_bit_for_bit(run
         assert reference_S.equal(score(base, batch))
         assert source.quantization is not None
         settings = source.quantization.settings(base.causal_lm, torch.float32)
-        stock = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, quantization_config=settings)
+        stock = AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=torch.float32, quantization_config=settings
+        )
         plain = Policy(stock.dequantize(dtype=torch.float32), source.logit_transform, "shared").eval()
         assert reference_S.equal(score(plain, batch))
 
 
 def held_out(config: Config) -> PairBatch:
     """The first four held-out pairs as a batch."""
-    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(MODEL), config.data.max_length)
+    tokenize = PairTokenizer(AutoTokenizer.from_pretrained(config.model.path), config.data.max_length)
     shards = ShardSet.open(["data/quickstart/eval.jsonl"])
     return collate([tokenize(shards.pair(index), index) for index in range(4)], "shared", pad_token_id=0)
 

@@ -77,7 +77,8 @@ def test_deepspeeds_own_adam_follows_torchs_and_resumes(lab: Lab) -> None:
 
 
 def test_deepspeeds_own_adam_is_refused_where_the_optimizer_is_on_the_device(lab: Lab) -> None:
-    said = lab.refused(1, command(lab, "zero2", "--optim.name", "cpu_adamw"))
+    own = ["--optim.name", "cpu_adamw", "--run.dir", str(lab.folder / "refused")]
+    said = lab.refused(1, command(lab, "zero2", *own))
     assert "optim.name=cpu_adamw updates in main memory, but parallel.ds_config leaves the optimizer on the" in said
     said = lab.refused(1, lab.command("x", "--optim.name", "cpu_adamw"))
     assert "optim.name=cpu_adamw is DeepSpeed's, not engine single's: set --optim.name adamw" in said

@@ -37,6 +37,7 @@ def session(config: Config, train: Train) -> int:
         return CONFIG
     world, stop = joined
     from dpo.runlog import RunLog
+    from dpo.watchdog import Watchdog
 
     log = RunLog(config, world)
     code, reason = _outcome(lambda: _attempt(config, world, log, stop, train))
@@ -47,6 +48,7 @@ def session(config: Config, train: Train) -> int:
             _end(reason, world.rank)
     log.close()
     _leave(world, code)
+    Watchdog.close_all()  # not before: leaving may wait for other ranks
     return code
 
 

@@ -20,10 +20,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import IO, Any
+from weakref import WeakSet
 
 from dpo.world import Board, World
 
 SAMPLE_S = 0.2
+_WATCHING: WeakSet[Watchdog] = WeakSet()
 _WAITING = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed", "comm", ""))
 _PHASES = (  # outermost first: an evaluation's forward pass is evaluation
     ("evaluation", "evaluator.py", "run"),
@@ -102,12 +104,19 @@ class Watchdog:
         self._num_waiting = 0
         self._told: tuple[int, str] | None = None
         self._ended = threading.Event()
+        _WATCHING.add(self)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Watch no longer."""
         self._ended.set()
+
+    @staticmethod
+    def close_all() -> None:
+        """End the watch over a run that has ended; its process may go on with something else."""
+        for watchdog in list(_WATCHING):
+            watchdog.close()
 
     # ---- ranks that hang
 

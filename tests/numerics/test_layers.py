@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ SIZES = [2, 5, 3, 8, 1, 13]
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing compiled before, and no kernels made, which would take a minute."""
     monkeypatch.setattr(layers, "BACKEND", "aot_eager")
+    gc.collect()  # else a later collection, in whatever thread, tears down what is compiled while it is looked up
     torch._dynamo.reset()
     counters.clear()
     yield

@@ -72,6 +72,16 @@ def code_of(folder: Path, name: str, flags: dict[str, str], *more: str) -> int:
     return train_dpo.main([*(word for item in (common | flags).items() for word in item), *more])
 
 
+@pytest.mark.parametrize(("flags", "code"), [({"--train.max_steps": "1"}, 0), ({"--data.train": "nowhere.jsonl"}, 2)])
+def test_a_run_that_has_ended_is_watched_no_longer(folder: Path, flags: dict[str, str], code: int) -> None:
+    before = set(threading.enumerate())
+    assert code_of(folder, f"watched-{code}", flags) == code
+    since = time.monotonic()
+    while left := {thread for thread in set(threading.enumerate()) - before if thread.name == "watchdog"}:
+        assert time.monotonic() - since < 10, left
+        time.sleep(0.05)
+
+
 def test_the_run_directory_holds_what_others_rely_on(folder: Path) -> None:
     rows = train(folder, "contract", "--log.tensorboard", "true", "--eval.every_steps", "1")
     assert [list(row) for row in rows] == [EVALUATION, METRICS, EVALUATION, METRICS, EVALUATION]

@@ -230,11 +230,13 @@ def settle_status(folder: Path, code: int, reason: str) -> None:
     """Correct a status.json that says `running` of a run that has ended, for its rank 0 could not do it, or that only
     knows that a peer was lost."""
     run_dir = run_directory(folder)
+    if run_dir is None:
+        return
+    path = run_dir / "status.json"
     try:
-        path = (run_dir or folder) / "status.json"
         status = json.loads(path.read_text())
     except (OSError, ValueError):
-        return  # no run directory was opened
+        return  # rank 0 has not written it yet
     if status.get("state") != "running" and not (status.get("exit_code") == PEER and reason.startswith("rank ")):
         return
     step = max(status["step"], last_step(folder, 0) or 0)
